@@ -45,6 +45,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GPT2Config,
     LlamaConfig,
@@ -55,6 +56,7 @@ from transformers.integrations import accelerate
 from transformers.utils import logging
 
 import simulated_device
+from encoders import add_modules, bert_config, save_reader, word_pieces
 from sleb_cli import plugin_manager
 from sleb_cli.__main__ import main
 from sleb_cli.engine import device as engine_device
@@ -432,6 +434,31 @@ def tiny_opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random GPT-2 with 5 blocks."""
     return save_model(tmp_path_factory.mktemp("models") / "tiny-gpt2", gpt2_config())
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT with 6 blocks that embeds, as sentence-transformers saves it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-encoder"
+    prompts = {"query": "question: ", "document": "passage: "}
+    return add_modules(save_reader(folder, word_pieces(prose(200))), prompts=prompts)
+
+
+@pytest.fixture(scope="session")
+def tiny_reranker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT with 6 blocks that scores pairs of texts."""
+    return _save_classifier(tmp_path_factory.mktemp("models") / "tiny-reranker", 1)
+
+
+@pytest.fixture(scope="session")
+def tiny_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT with 6 blocks that puts texts into three classes."""
+    return _save_classifier(tmp_path_factory.mktemp("models") / "tiny-classifier", 3)
+
+
+def _save_classifier(folder: Path, classes: int) -> Path:
+    config = bert_config(num_labels=classes)
+    return save_reader(folder, word_pieces(prose(200)), config, AutoModelForSequenceClassification)
 
 
 @pytest.fixture(scope="session")
