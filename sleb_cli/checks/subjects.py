@@ -12,6 +12,7 @@ from sleb_cli.plan import Plan, read_plan
 from sleb_cli.requests import (
     DEFAULT_PLAN,
     DEMO,
+    RECOVERIES,
     OneSizeRequest,
     SearchRequest,
     SizesRequest,
@@ -21,7 +22,7 @@ from sleb_cli.requests import (
 from sleb_plugins import PlanError, UsageError
 from sleb_plugins.errors import did_you_mean
 
-_FOR_BLOCKS = "recover heal device_map"
+_FOR_BLOCKS = f"{' '.join(RECOVERIES)} device_map"
 """Options that do not suit experts: gaps between blocks are refitted, and accelerate replaces
 routers as they run.
 """

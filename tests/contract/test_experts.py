@@ -3,6 +3,7 @@ wrong cut fails.
 """
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from checkpoint_files import change_weights, config_of, write_config
 from conftest import architecture_of, save_model, slow, weights_of
 from families import FAMILIES, WITH_EXPERTS, counts_experts, experts_config, tiny_config
 from gguf_models import convert_llama, metadata_of, write_gguf
+from sleb_cli.engine.cut.experts import expert_cut
 from sleb_cli.engine.cut.experts.expert_cut import PREDICTION_NOTE, ExpertCut
 from sleb_cli.engine.cut.experts.routing import TiesByNumber
 from sleb_cli.engine.forward.placement import blocks_on_disk
@@ -164,7 +166,7 @@ def test_every_family_with_experts_is_listed():
 
 SWAP = (1, 0, 2, 3, 5, 6)
 IT_DIFFERS = "its block 1, .* is the first whose output differs"
-UNREACHED = "the experts of block 1 that stay make"
+UNREACHED = "the experts of block 1 that stay compute other values"
 
 
 @pytest.mark.parametrize(
@@ -196,6 +198,12 @@ def test_a_wrong_cut_fails_its_proof(monkeypatch, tensors, kept, dtype, words):
     monkeypatch.setattr(ExpertCut, "tensor", wrong)
     with pytest.raises(ProofError, match=words):
         cut(folder, dict.fromkeys(range(6), (4, 7)), dtype=dtype)
+
+
+def test_experts_that_never_run_fail_the_proof(monkeypatch):
+    monkeypatch.setattr(expert_cut, "watch_routing", lambda *_: nullcontext())
+    with pytest.raises(ProofError, match=r"the experts of block 0 never ran, so they were not"):
+        cut(saved("mixtral"), dtype=torch.bfloat16)
 
 
 def test_a_family_whose_router_cannot_be_masked_fails(monkeypatch):

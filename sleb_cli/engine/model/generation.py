@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -104,12 +104,24 @@ class _ManyEnded(StoppingCriteria):  # type: ignore[misc]
         return torch.full((len(input_ids),), is_over, device=input_ids.device)
 
 
+def cache_of(output: Any) -> tuple[str, Any]:
+    """Return the KV cache in a model's output, by the name of its option; None without one."""
+    # transformers 5.24 calls it `cache`, earlier versions `past_key_values`.
+    for name in ("cache", "past_key_values"):
+        cache = getattr(output, name, None)
+        if cache is not None:
+            return name, cache
+    return "", None
+
+
 def _cache_option(output: Any, rows: Tensor) -> dict[str, Any]:
-    for name in ("cache", "past_key_values"):  # in transformers 5.24, and before
-        with suppress(AttributeError, NotImplementedError):
-            output.get(name).batch_select_indices(rows)
-            return {name: output[name]}
-    return {}  # it cannot select rows, so the next call computes the cache of all tokens anew
+    """Return the option with which the next call continues these rows; empty if it cannot."""
+    name, cache = cache_of(output)
+    try:
+        cache.batch_select_indices(rows)
+    except (AttributeError, NotImplementedError):
+        return {}  # the next call computes the cache of all tokens anew
+    return {name: cache}
 
 
 @contextmanager

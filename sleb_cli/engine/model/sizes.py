@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.model.generation import cache_of
 from sleb_cli.engine.third_party import error_saying, translate_errors
 from sleb_plugins import UnsupportedModelError
 from sleb_plugins.config_keys import sliced_axis
@@ -101,8 +102,7 @@ def cache_bytes(architecture: Architecture, dtype: torch.dtype, length: int) -> 
 
 def cache_layers(output: Any) -> list[Any]:
     """Return the layers of the cache in a model's output, if it has any."""
-    # transformers 5.24 calls it `cache`, earlier versions `past_key_values`.
-    cache = getattr(output, "cache", None) or getattr(output, "past_key_values", None)
+    _, cache = cache_of(output)
     return list(getattr(cache, "layers", None) or ())
 
 

@@ -99,14 +99,14 @@ def prove(
         else:
             cast = next((tensor.cast for tensor in planned.tensors if tensor.cast), None)
             with task(notify, "Proving the checkpoint"):
-                models, found = _compare(models, cast)
+                models, comparison = _compare(models, cast)
             numbers = {
                 "prompt": "random tokens" if tokenizer is None else "text",
                 "prompt_tokens": models.prompt().shape[1],
                 "new_tokens": models.new_tokens,
-                "logits_difference": found.logits_difference,
+                "logits_difference": comparison.logits_difference,
                 "logits_tolerance": models.allowed,
-                "cache_difference": found.cache_difference,
+                "cache_difference": comparison.cache_difference,
                 "cache_tolerance": CACHE_TOLERANCES.get(models.placement.dtype, 0.0),
             }
             checks += ["loads", "same logits"]
@@ -140,20 +140,20 @@ class _Comparison:
 
 def _compare(models: _Models, cast: torch.dtype | None) -> tuple[_Models, _Comparison]:
     """Compare both models, and while they differ, again in a wider data type, which decides."""
-    found = models.compare()
-    while found.failed:
+    comparison = models.compare()
+    while comparison.failed:
         wider = place_wider(models.surgery.architecture, models.placement, cast)
         if wider is None:
-            raise models.error(found)
+            raise models.error(comparison)
         name = dtype_name(wider.dtype)
         if wider.too_large:
             cannot = f"{name}, which would tell rounding from a fault, is out of reach"
-            raise models.error(found, f"{cannot}: {wider.too_large}")
+            raise models.error(comparison, f"{cannot}: {wider.too_large}")
         decides = f"{name} decides, in a second comparison"
-        models.notify(Notice(f"Maybe by rounding, {found.fault}: {decides}."))
+        models.notify(Notice(f"Maybe by rounding, {comparison.fault}: {decides}."))
         models = replace(models, placement=wider)
-        found = models.compare()
-    return models, found
+        comparison = models.compare()
+    return models, comparison
 
 
 @dataclass(frozen=True)
@@ -221,10 +221,12 @@ class _Models:
                     f"{self.allowed:.2g})"
                 )
                 return _Comparison(difference, None, "same logits", fault)
-            for name, output in expected_outputs.items():
-                is_run = output.numel() > 0
-                if not is_run or not relative_difference(outputs[name], output) <= self.allowed:
-                    fault = f"{name} that stay make something else than in the dense model"
+            for name, expected_output in expected_outputs.items():
+                output = outputs[name]
+                if not expected_output.numel() or not output.numel():
+                    raise proof_error(f"{name} never ran, so they were not compared")
+                if not relative_difference(output, expected_output) <= self.allowed:
+                    fault = f"{name} that stay compute other values than in the dense model"
                     return _Comparison(difference, None, "every expert", fault)
             cached, clause = check_decoding(model, ids, self.new_tokens, dtype)
             if clause:
@@ -309,16 +311,16 @@ class _Models:
         block = self.surgery.architecture.block_names(kept).block_of(name) or 0
         return bool(PREDICTION.search(name)) or block >= kept.count
 
-    def error(self, found: _Comparison, besides: str = "") -> ProofError:
+    def error(self, comparison: _Comparison, besides: str = "") -> ProofError:
         """Return the error of a fault that decides, with where the models begin to differ.
 
         Raises:
             ModelError: the dense model does not generate either, so the checkpoint is not to blame.
         """
-        clauses = [found.fault]
-        if found.failed == "same logits":
+        clauses = [comparison.fault]
+        if comparison.failed == "same logits":
             clauses.append(self._first_difference())
-        if found.failed == "generates":
+        if comparison.failed == "generates":
             self._require_dense_decoding()
         if besides:
             clauses.append(besides)

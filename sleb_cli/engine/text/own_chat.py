@@ -145,7 +145,7 @@ class _Writer:
                 )
 
     def _write_questions(self, count: int) -> list[Conversation]:
-        before, after = self._find_words([], "user")
+        before, after = self._text_around([], "user")
         ending = _first_line(after)
         prompt = self._encode(before)
         room = self.length - len(prompt)
@@ -175,7 +175,7 @@ class _Writer:
         if not prompts:
             return []
         question = {"role": "user", "content": QUESTION}
-        _, after = self._find_words([question], "assistant")
+        _, after = self._text_around([question], "assistant")
         ending = _first_line(after)
         space = self._encode(after[len(after.rstrip()) :])
         ends = self._find_ends(ending)
@@ -239,7 +239,7 @@ class _Writer:
             tokens.update(self._encode(whole.removeprefix(prompt)))
         return tokens
 
-    def _find_words(self, before: Conversation, role: str) -> tuple[str, str]:
+    def _text_around(self, before: Conversation, role: str) -> tuple[str, str]:
         """Split a template's text into the parts before and after the words of a message."""
         message = {"role": role, "content": MARK}
         whole = self.render([*before, message], add_generation_prompt=role == "user")
