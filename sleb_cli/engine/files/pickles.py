@@ -66,9 +66,9 @@ def fingerprint_pickle(path: Path) -> str:
     for tensor in load_pickle(path).values():
         values = tensor.reshape(-1).view(torch.uint8)
         if tensor.nbytes < MAX_WHOLE_BYTES:
-            parts = [values]
+            samples = [values]
         else:
-            parts = [values[:SAMPLE_BYTES], values[-SAMPLE_BYTES:]]
-        for part in parts:
-            digest.update(part.numpy().tobytes())
+            samples = [values[:SAMPLE_BYTES], values[-SAMPLE_BYTES:]]
+        for sample in samples:
+            digest.update(sample.numpy().tobytes())
     return digest.hexdigest()

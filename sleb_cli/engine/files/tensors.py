@@ -17,14 +17,14 @@ from sleb_plugins.errors import first_line
 
 def float_dtypes(weights: WeightFiles) -> list[torch.dtype]:
     """Return the floating-point data types of the tensors, each once, if of two bytes or more."""
-    found = []
+    dtypes = []
     for tensor in weights.stored:
         dtype = TORCH_DTYPES.get(tensor.dtype)
         if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
             continue
-        if dtype not in found:
-            found.append(dtype)
-    return found
+        if dtype not in dtypes:
+            dtypes.append(dtype)
+    return dtypes
 
 
 def read_all(

@@ -78,7 +78,7 @@ class SharedPredictions:
             return waiting[:, :]
         sizes = [size]
         if size == frozenset(self.sizes[0]) and self.memory > 0:
-            sizes = [frozenset(each) for each in self.sizes]
+            sizes = [frozenset(removals) for removals in self.sizes]
         (predictions,) = predict_together(self.skippable, [ids], sizes)
         for other, later in zip(sizes[1:], predictions[1:], strict=True):
             later.hidden = to_cpu(later.hidden)

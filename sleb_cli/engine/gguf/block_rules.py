@@ -209,7 +209,7 @@ def plain_name(name: str) -> str:
     return name.replace("-", "").replace("_", "")
 
 
-def require_same_kinds(file: GgufFile, blocks: int, kept: tuple[int, ...]) -> None:
+def require_same_kinds(file: GgufFile, blocks: int, kept_blocks: tuple[int, ...]) -> None:
     """Refuse a removal after which llama.cpp would build a kept block differently."""
     architecture = file.architecture
     if architecture in _REFUSED:
@@ -217,14 +217,14 @@ def require_same_kinds(file: GgufFile, blocks: int, kept: tuple[int, ...]) -> No
     for key, reason in _REFUSED_WITH.items():
         if file.setting(key):
             raise _refused(file, f"{reason} ({architecture}.{key})")
-    if architecture in _FIRST_STAYS and kept[0] != 0:
+    if architecture in _FIRST_STAYS and kept_blocks[0] != 0:
         raise _refused(
             file, "the values of its block 0 are mixed into all later blocks", "Keep block 0."
         )
     for block in _blocks_with_other_inputs(file, blocks):
-        if block not in kept:
+        if block not in kept_blocks:
             raise _refused(file, f"additional inputs enter block {block}", f"Keep block {block}.")
-    after = len(kept)
+    after = len(kept_blocks)
     form = BY_COUNT.get(architecture)
     if form and form(file, blocks) != form(file, after):
         raise _refused(
@@ -232,14 +232,14 @@ def require_same_kinds(file: GgufFile, blocks: int, kept: tuple[int, ...]) -> No
             f"llama.cpp tells its variants apart by the number of blocks, and {after} selects "
             f"another than {blocks}",
         )
-    _require_same_positions(file, kept)
+    _require_same_positions(file, kept_blocks)
 
 
-def _require_same_positions(file: GgufFile, kept: tuple[int, ...]) -> None:
+def _require_same_positions(file: GgufFile, kept_blocks: tuple[int, ...]) -> None:
     """Refuse a removal after which a block of a period would be another than it was."""
     for rule in PERIODS.get(file.architecture, _ANY_ARCHITECTURE):
         period = rule.length_in(file)
-        for new, old in enumerate(kept):
+        for new, old in enumerate(kept_blocks):
             if rule.kind(old, period) != rule.kind(new, period):
                 raise _refused(
                     file,

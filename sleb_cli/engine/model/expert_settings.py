@@ -25,14 +25,14 @@ Key = tuple[str, ...]
 
 def integer_settings(config: Mapping[str, Any]) -> dict[Key, int]:
     """Return each whole number in a config by its key."""
-    found: dict[Key, int] = {}
+    numbers: dict[Key, int] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):
             for inner, number in integer_settings(value).items():
-                found[str(name), *inner] = number
+                numbers[str(name), *inner] = number
         elif type(value) is int:
-            found[(str(name),)] = value
-    return found
+            numbers[(str(name),)] = value
+    return numbers
 
 
 def with_setting(
@@ -56,8 +56,8 @@ def with_setting(
     for existing in settings:
         if existing == name or aliases.get(existing) == name or aliases.get(name) == existing:
             names.append(existing)
-    for each in names or [name]:
-        settings[each] = value
+    for setting in names or [name]:
+        settings[setting] = value
     return changed
 
 

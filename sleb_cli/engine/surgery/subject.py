@@ -94,5 +94,5 @@ def _identity(model: ModelRecord, *, by_fingerprint: bool) -> dict[str, Any]:
     identity: dict[str, Any] = {"model_type": model.model_type, "blocks": model.blocks}
     if by_fingerprint:
         parts = model.fingerprint.split("-")
-        identity["fingerprint"] = "-".join(part[:12] for part in parts)
+        identity["fingerprint"] = "-".join(piece[:12] for piece in parts)
     return identity

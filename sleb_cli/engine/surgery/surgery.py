@@ -44,7 +44,7 @@ class Surgery:
     @cached_property
     def size_key(self) -> SizeKey:
         """The key of this size in results."""
-        return tuple(part for cut in self.cuts for part in cut.size_key)
+        return tuple(item for cut in self.cuts for item in cut.size_key)
 
     @property
     def description(self) -> str:

@@ -126,27 +126,29 @@ class ExpertCut(ExpertRemoval, Cut):
         return ModuleNames(self.architecture, self._renamed).settings(file, values)
 
     def _renamed(self, name: str) -> str | None:
-        kept = self.tensor(name)
-        return None if kept is None else kept[0]
+        renamed = self.tensor(name)
+        return None if renamed is None else renamed[0]
 
     def tensor(self, name: str) -> tuple[str, Slices | None] | None:
         """Return the new name of a tensor of one expert, or the slices that stay of one of all."""
         block, inner = self._split(name)
         if block is None or (block < self.architecture.block_count and block not in self.removed):
             return name, None
-        kept = self.kept_experts(block)
+        kept_experts = self.kept_experts(block)
         experts = find_experts(self.architecture)
         if inner in experts.parts:
             part = experts.parts[inner]
-            return name, Slices(part.axis, part.units, (*kept, *range(self.count, part.units)))
+            return name, Slices(
+                part.axis, part.units, (*kept_experts, *range(self.count, part.units))
+            )
         numbered = experts.numbered_in(inner)
         if numbered is None:
             return name, None
         before, old, after = numbered
         if old >= self.count:  # such experts compute nothing, and stay
             new = old - self.fewer
-        elif old in kept:
-            new = kept.index(old)
+        elif old in kept_experts:
+            new = kept_experts.index(old)
         else:
             return None
         return f"{name.removesuffix(inner)}{before}{new}{after}", None
@@ -177,11 +179,11 @@ class ExpertCut(ExpertRemoval, Cut):
             name = f"the experts of block {block}"
             if outputs[name].numel() or not len(routing.hidden):
                 return
-            kept = self.kept_experts(block)
+            kept_experts = self.kept_experts(block)
             # Drawn by the number of the block, so that both models get the same states.
             random = torch.Generator().manual_seed(block)
-            states = torch.randn(len(kept), routing.hidden.shape[-1], generator=random)
-            numbers = torch.tensor(range(len(kept)) if pruned else kept)
+            states = torch.randn(len(kept_experts), routing.hidden.shape[-1], generator=random)
+            numbers = torch.tensor(range(len(kept_experts)) if pruned else kept_experts)
             outputs[name] = routing.run_alone(
                 states.to(routing.hidden), numbers.to(routing.experts.device)
             ).cpu()

@@ -214,7 +214,9 @@ def _routing_of_tokens(
     forward: Forward, hidden: Tensor, others: Sequence[Tensor]
 ) -> Routing | None:
     """Read a call that is given the experts of each token and their gates, which differ in type."""
-    numbers = next((each for each in others if each.dtype in (torch.int64, torch.int32)), None)
+    numbers = next(
+        (tensor for tensor in others if tensor.dtype in (torch.int64, torch.int32)), None
+    )
     if numbers is None or numbers.ndim < 2:
         return None
     gates = None

@@ -76,7 +76,7 @@ def _obstacle(file: GgufFile, kind: Any, tokens: Any, types: Any) -> str | None:
         if not isinstance(pair, str) or " " not in pair:
             return "its merges are not pairs"
     tables = [tensor for tensor in file.tensors if len(tokens) in tensor.shape]
-    known = [each for each in tables if each.name in _TABLES and each.shape[-1] == len(tokens)]
+    known = [table for table in tables if table.name in _TABLES and table.shape[-1] == len(tokens)]
     if not tables or known != tables:
         return "it has further tables by token, or none"
     return None
@@ -88,12 +88,12 @@ def _cut_entry(file: GgufFile, entry: Entry, vocabulary: Vocabulary) -> Entry:
     if entry.key == f"{_PREFIX}merges":
         tokens = file.get(f"{_PREFIX}tokens")
         stay = {tokens[token] for token in vocabulary.tokens}
-        kept = []
+        kept_merges = []
         for index, pair in enumerate(file.get(entry.key)):
             a, b = pair.split(" ", 1)
             if {a, b, a + b} <= stay:
-                kept.append(index)
-        return with_items(entry, kept)
+                kept_merges.append(index)
+        return with_items(entry, kept_merges)
     if _names_token(entry):
         return with_value(entry, vocabulary.renumbered(entry.value))
     if entry.key == f"{file.architecture}.vocab_size":

@@ -118,8 +118,8 @@ def characters_of(scripts: Iterable[str], normalize: Callable[[str], str] = str)
     matching = set(regex.findall(rf"[\p{{ASCII}}{''.join(classes)}]", everything))
     # Without characters that the tokenizer would first turn into another script: NFKC makes a Greek
     # letter of the micro sign.
-    kept = [character for character in matching if matching.issuperset(normalize(character))]
-    return "".join(sorted(kept))
+    characters = [character for character in matching if matching.issuperset(normalize(character))]
+    return "".join(sorted(characters))
 
 
 def text_of(token: str, *, in_bytes: bool) -> str:

@@ -76,11 +76,11 @@ class TokenCut(TokenRemoval, Cut):
             text["vocab_size"] = len(self.vocabulary.tokens)
         added = renumbered.get("added_tokens_decoder")
         if isinstance(added, Mapping):
-            kept = {}
+            kept_tokens = {}
             for old, new in self.vocabulary.new_number.items():
                 if str(old) in added:
-                    kept[str(new)] = added[str(old)]
-            renumbered["added_tokens_decoder"] = kept
+                    kept_tokens[str(new)] = added[str(old)]
+            renumbered["added_tokens_decoder"] = kept_tokens
         return renumbered
 
     def tensor(self, name: str) -> tuple[str, Slices | None]:
@@ -207,10 +207,10 @@ def _tables_in_files(
         if name not in tables and block_of(name) is None:
             rest[name] = tensor
     others = {*rest, *revert_weight_conversion(skeleton, rest)}
-    found = set()
+    table_names = set()
     for stored in architecture.source.weights.stored:
         if stored.shape in tables.values() and block_of(stored.name) is None:
             in_base = f"{skeleton.base_model_prefix}.{stored.name}"
             if stored.name not in others and in_base not in others:
-                found.add(stored.name)
-    return frozenset(found)
+                table_names.add(stored.name)
+    return frozenset(table_names)

@@ -85,16 +85,16 @@ def cut_tokenizer(data: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any
     return cut
 
 
-def _with_new_ids(part: Any, new: Mapping[int, int]) -> Any:
+def _with_new_ids(settings: Any, new: Mapping[int, int]) -> Any:
     # Tokens are named by `ids`, `pad_id` or pairs such as ["</s>", 2].
-    if isinstance(part, list):
-        if len(part) == 2 and isinstance(part[0], str) and type(part[1]) is int:
-            return [part[0], new.get(part[1])]
-        return [_with_new_ids(item, new) for item in part]
-    if not isinstance(part, Mapping):
-        return part
+    if isinstance(settings, list):
+        if len(settings) == 2 and isinstance(settings[0], str) and type(settings[1]) is int:
+            return [settings[0], new.get(settings[1])]
+        return [_with_new_ids(item, new) for item in settings]
+    if not isinstance(settings, Mapping):
+        return settings
     changed: dict[str, Any] = {}
-    for key, value in part.items():
+    for key, value in settings.items():
         if key == "ids":
             changed[key] = [new.get(number) for number in value]
         elif key == "pad_id":
