@@ -179,12 +179,12 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     folder = _results_folder(settings.subject)
     if folder is not None:
         for timed in result.workloads:
-            part = {
+            item_key = {
                 "workload": timed.workload.to_data(),
                 "engine": timed.engine_version,
                 "attention": timed.attention,
             }
-            keep_result(result.model_copy(update={"workloads": (timed,)}), part, folder, notify)
+            keep_result(result.model_copy(update={"workloads": (timed,)}), item_key, folder, notify)
     return result
 
 

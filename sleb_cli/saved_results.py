@@ -25,16 +25,16 @@ def results_folder(plan: Path) -> Path:
     return sibling(plan, ".results")
 
 
-def keep_result(result: R, part: Key, folder: Path, notify: Notify) -> None:
+def keep_result(result: R, item_key: Key, folder: Path, notify: Notify) -> None:
     """Write the result of one text, task or workload to a file of its own.
 
-    `part` is what it depends on besides `result.key` and its sizes. If nothing can be written, the
-    listener is told.
+    `item_key` holds what it depends on besides `result.key` and its sizes. If nothing can be
+    written, the listener is told.
     """
     if folder.name in (CHECKPOINT_RESULTS, results_folder(Path(CHECKPOINT_PLAN)).name):
         result = result.published()  # the folder is in a checkpoint, which may be published
     sizes = sorted(sorted(size) for size in result.size_keys)
-    name = f"{_name(result, part)}-{name_of({'sizes': sizes})[:8]}.json"
+    name = f"{_name(result, item_key)}-{name_of({'sizes': sizes})[:8]}.json"
     try:
         with writing(folder):
             folder.mkdir(exist_ok=True)
@@ -43,10 +43,10 @@ def keep_result(result: R, part: Key, folder: Path, notify: Notify) -> None:
         notify(Notice(f"The result is not kept for reports: {error.message}"))
 
 
-def find_kept(like: R, part: Key, folder: Path, notify: Notify) -> list[R]:
-    """Return the results of this part in the setting of `like`, the oldest first."""
-    found = read_results(type(like), folder, notify, f"{_name(like, part)}-")
-    return list(found.values())
+def find_kept(like: R, item_key: Key, folder: Path, notify: Notify) -> list[R]:
+    """Return the results of this item in the setting of `like`, the oldest first."""
+    results = read_results(type(like), folder, notify, f"{_name(like, item_key)}-")
+    return list(results.values())
 
 
 def read_results(
@@ -75,5 +75,5 @@ def delete_results(folder: Path) -> None:
         folder.rmdir()
 
 
-def _name(result: EvalResult | BenchResult, part: Key) -> str:
-    return f"{result.kind}-{name_of({**result.key, **part})[:16]}"
+def _name(result: EvalResult | BenchResult, item_key: Key) -> str:
+    return f"{result.kind}-{name_of({**result.key, **item_key})[:16]}"

@@ -170,13 +170,13 @@ def grade(doc: Item, results: Sequence[Any]) -> dict[str, float]:
 def grade_words(doc: Item, results: Sequence[Any]) -> dict[str, float]:
     """Return the share of words and numbers that are right and in their place."""
     expected = re.findall(r"\w+", doc["answer"])
-    found = re.findall(r"\w+", _line(results[0]))
+    answer_words = re.findall(r"\w+", _line(results[0]))
     graded = 0
     right = 0
     for place, word in enumerate(expected):
         if word not in FUNCTION_WORDS:
             graded += 1
-            if place < len(found) and found[place] == word:
+            if place < len(answer_words) and answer_words[place] == word:
                 right += 1
     return {"right_words": right / graded}
 
@@ -223,10 +223,10 @@ def _is_json(asked: str, answer: str) -> bool:
         r"^```(?:json)? *\n(.*?)^```", answer, re.DOTALL | re.MULTILINE | re.IGNORECASE
     )
     try:
-        found = json.loads(fenced[1] if fenced else answer)
+        parsed = json.loads(fenced[1] if fenced else answer)
     except (ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and found.keys() == json.loads(asked).keys()
+    return isinstance(parsed, dict) and parsed.keys() == json.loads(asked).keys()
 
 
 class Instruction(NamedTuple):

@@ -98,38 +98,38 @@ class _Run:
         """Measure a text, or return its kept result."""
         text = windows.text.source
         # A published result does not name the folder of its text.
-        part = {"text": description(windows) | {"text": public_source(text)}}
+        item_key = {"text": description(windows) | {"text": public_source(text)}}
         known: tuple[TextResult, ...] = ()
-        for kept in self._find(part):
-            named = [result.model_copy(update={"text": text}) for result in kept.texts]
+        for saved in self._find(item_key):
+            named = [result.model_copy(update={"text": text}) for result in saved.texts]
             known = merge_results(known, tuple(named))
         missing = self._missing(known, f"perplexity on {text}")
         if missing is not None:
             result = measure_text(windows, self.models, missing, self.evaluation.batch_size)
             self.models.require_unchanged()
-            self._keep({"texts": (result,)}, part, missing)
+            self._keep({"texts": (result,)}, item_key, missing)
             known = merge_results(known, (result,))
         return with_sizes(known, self.wanted)
 
     def measure_task(self, task: LoadedTask) -> tuple[TaskResult, ...]:
         """Measure a task or group, or return its kept results."""
         fingerprints = task.fingerprints(self.evaluation.tokenizer)
-        part = {"tasks": fingerprints}
+        item_key = {"tasks": fingerprints}
         known: tuple[TaskResult, ...] = ()
-        for kept in self._find(part):
-            if _has_flips(kept, self.evaluation.show_flips):
-                known = merge_results(known, kept.tasks)
+        for saved in self._find(item_key):
+            if _has_flips(saved, self.evaluation.show_flips):
+                known = merge_results(known, saved.tasks)
         missing = self._missing(known, task.name)
         if missing is not None:
             results = _run_task(task, fingerprints, self.evaluation, missing)
-            self._keep({"tasks": results}, part, missing)
+            self._keep({"tasks": results}, item_key, missing)
             known = merge_results(known, results)
         return with_sizes(known, self.wanted)
 
-    def _find(self, part: Key) -> list[EvalResult]:
+    def _find(self, item_key: Key) -> list[EvalResult]:
         if self.folder is None or self.evaluation.force:
             return []
-        find = partial(find_kept, self.setting, part, self.folder, ignore)
+        find = partial(find_kept, self.setting, item_key, self.folder, ignore)
         return self.models.group.from_main(find)
 
     def _missing(
@@ -149,10 +149,10 @@ class _Run:
         self.reused.append(title)
         return None
 
-    def _keep(self, results: dict[str, Any], part: Key, sizes: Sequence[SizeKey]) -> None:
+    def _keep(self, results: dict[str, Any], item_key: Key, sizes: Sequence[SizeKey]) -> None:
         if self.folder is not None and self.models.group.is_main:
             result = self.setting.model_copy(update=results | {"sizes": tuple(sizes)})
-            keep_result(result, part, self.folder, self.models.notify)
+            keep_result(result, item_key, self.folder, self.models.notify)
 
 
 def _setting(evaluation: Evaluation) -> EvalResult:

@@ -164,8 +164,8 @@ class _Scorer:
         def score(size: int) -> list[Scores]:
             self.size = size  # later parts begin with the size that fitted
             batches: list[Tensor] = []
-            for part in parts:
-                batches += torch.split(part.to(self.dense.device), size)
+            for windows in parts:
+                batches += torch.split(windows.to(self.dense.device), size)
             # Streamed weights are read once for all batches.
             groups = [[batch] for batch in batches] if self.dense.weights.resident else [batches]
             scored = []

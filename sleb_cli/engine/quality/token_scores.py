@@ -34,7 +34,9 @@ def join_models(parts: Sequence[Sequence[Scores]], dim: int = 0) -> list[Scores]
     joined: list[Scores] = []
     for of_model in zip(*parts, strict=True):
         names = of_model[0].keys()
-        joined.append({name: torch.cat([part[name] for part in of_model], dim) for name in names})
+        joined.append(
+            {name: torch.cat([scores[name] for scores in of_model], dim) for name in names}
+        )
     return joined
 
 
