@@ -90,8 +90,8 @@ class ClosedForm(Stage):
     ) -> tuple[dict[str, Tensor], ClosedFormRecord]:
         """Fit in closed form, or take over the fits of an interrupted run, which may be all."""
         assert not values
-        if found := job.state.find(_SAVED, SavedFits):
-            saved, tensors = found
+        if saved_fits := job.state.find(_SAVED, SavedFits):
+            saved, tensors = saved_fits
             count = plural(len(saved.fits), "fit")
             job.notify(Notice(f"Continuing with {count} of an interrupted run."))
             if saved.complete:
@@ -129,11 +129,11 @@ def recover_in_closed_form(job: Job) -> tuple[dict[str, Tensor], ClosedFormRecor
 def _fit_all_blocks(job: Job, size: int) -> FittedBlocks:
     count = len(job.dense.switches)
     removed = job.settings.surgery.removed
-    kept = [block for block in range(count) if block not in removed]
-    ends = dict(pairwise([*kept, count]))  # where the gap behind a block ends
+    kept_blocks = [block for block in range(count) if block not in removed]
+    ends = dict(pairwise([*kept_blocks, count]))  # where the gap behind a block ends
     # The block before the first gap; without one, the first that stays makes up for what was
     # before it.
-    block = kept[0]
+    block = kept_blocks[0]
     begin = 0
     if 0 not in removed:
         block = min(removed) - 1

@@ -128,12 +128,12 @@ class Judge:
         """
         skippable = self.batches.skippable
         model = Variant(skippable, self.removed, values)
-        kept: list[int] = []
+        kept_blocks: list[int] = []
         if block is not None:
             later = range(block, len(skippable.switches))
-            kept = [number for number in later if number not in self.removed]
+            kept_blocks = [number for number in later if number not in self.removed]
         with skippable.replaced(values):
-            final = self.batches.run_judged(pruned, kept)
+            final = self.batches.run_judged(pruned, kept_blocks)
         models = (model, self.dense)
         total = 0.0
         count = 0

@@ -157,12 +157,12 @@ def find_residual_projections(
     behind = _behind_norms(skippable, call, hidden, gains, possible)
     for projection in behind:
         matrices.pop(projection.name, None)
-    found = [*matrices.values(), *behind]
-    found.sort(key=lambda projection: projection.exact)
-    if not any(projection.exact for projection in found):
+    projections = [*matrices.values(), *behind]
+    projections.sort(key=lambda projection: projection.exact)
+    if not any(projection.exact for projection in projections):
         exact_gains = [gain for gain in gains if gain.exact]
-        found += exact_gains[-1:]
-    return found
+        projections += exact_gains[-1:]
+    return projections
 
 
 def _behind_norms(
@@ -177,7 +177,7 @@ def _behind_norms(
     names = [projection.name for projection in (*norms, *matrices)]
     with captured(block, names) as (entering, leaving):
         skippable.run_block(call, hidden)
-    found = []
+    projections = []
     for norm in norms:
         for matrix in matrices:
             output: Any = leaving.get(matrix.name)
@@ -187,8 +187,8 @@ def _behind_norms(
                 behind = replace(
                     matrix, scale=norm.scale, exact=norm.exact, norm=norm, takes_bias=False
                 )
-                found.append(behind)
-    return found
+                projections.append(behind)
+    return projections
 
 
 def final_norm(skippable: SkippableModel, hidden: Tensor, ids: Tensor) -> list[ResidualProjection]:
@@ -219,7 +219,7 @@ def _that_add(
     noise = torch.randn(hidden.shape, generator=generator).to(plain.device)
     size = plain.square().mean().sqrt()
     noise = noise * size * NOISE
-    found = []
+    projections = []
     for projection in possible:
         noisy = _run_with_noise(skippable, call, hidden, projection.name, noise)
         if noisy is None:
@@ -235,8 +235,8 @@ def _that_add(
         if projection.kind == "gain":
             offset = _offset_of(block, projection)
         exact = error <= EXACT
-        found.append(replace(projection, scale=scale, exact=exact, offset=offset))
-    return found
+        projections.append(replace(projection, scale=scale, exact=exact, offset=offset))
+    return projections
 
 
 def _run_with_noise(
@@ -272,7 +272,7 @@ def _offset_of(block: nn.Module, norm: ResidualProjection) -> float:
 
 def possible_matrices(root: nn.Module, width: int) -> list[ResidualProjection]:
     """Return the linear maps that might write hidden states of this width, by their shape."""
-    found = []
+    matrices = []
     for name, module in root.named_modules():
         if not isinstance(module, (nn.Linear, Conv1D)) or not module.weight.is_floating_point():
             continue
@@ -280,18 +280,18 @@ def possible_matrices(root: nn.Module, width: int) -> list[ResidualProjection]:
         has_bias = module.bias is not None
         if isinstance(module, Conv1D):
             if columns == width:
-                found.append(ResidualProjection(name, "transposed", rows, has_bias))
+                matrices.append(ResidualProjection(name, "transposed", rows, has_bias))
         elif rows == width:
-            found.append(ResidualProjection(name, "matrix", columns, has_bias))
-    return found
+            matrices.append(ResidualProjection(name, "matrix", columns, has_bias))
+    return matrices
 
 
 def possible_gains(root: nn.Module, width: int) -> list[ResidualProjection]:
     """Return the norms of this width."""
-    found = []
+    norms = []
     for name, module in root.named_modules():
         weight = getattr(module, "weight", None)
         is_norm = "norm" in type(module).__name__.lower()
         if is_norm and isinstance(weight, nn.Parameter) and weight.shape == (width,):
-            found.append(ResidualProjection(name, "gain", width, takes_bias=False))
-    return found
+            norms.append(ResidualProjection(name, "gain", width, takes_bias=False))
+    return norms

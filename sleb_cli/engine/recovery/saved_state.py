@@ -105,10 +105,10 @@ class SavedState:
         Raises:
             PlanError: the file is broken.
         """
-        found = self.find(stage, kind)
-        if found is None:
+        state = self.find(stage, kind)
+        if state is None:
             return None
-        record, saved = found
+        record, saved = state
         for name, tensor in tensors.items():
             value = saved.get(name)
             if value is None or value.shape != tensor.shape or value.dtype != tensor.dtype:

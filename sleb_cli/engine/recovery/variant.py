@@ -124,9 +124,11 @@ class DenseComparison:
         # Streamed weights are read once for all batches.
         calls = [skippable.calls(ids) for ids in self.ids]
         entering = [calls_of_batch[0].entering for calls_of_batch in calls]
-        kept = [block for block in range(len(skippable.switches)) if block not in variant.removed]
+        kept_blocks = [
+            block for block in range(len(skippable.switches)) if block not in variant.removed
+        ]
         with skippable.replaced(variant.parameters):
-            return run_blocks(skippable, kept, calls, entering, to_cpu)
+            return run_blocks(skippable, kept_blocks, calls, entering, to_cpu)
 
 
 def summed_losses(
