@@ -253,9 +253,9 @@ class _ExpertScoring:
         unreached = 0
         for block in self.experts.blocks:
             use = self.use(block, [text])
-            kept = list(cut.kept_experts(block))
+            kept_experts = list(cut.kept_experts(block))
             whole.append(float(use.squared_products.sum()))
-            remaining.append(float(use.squared_products[kept].sum()))
+            remaining.append(float(use.squared_products[kept_experts].sum()))
             unreached += int((use.tokens == 0).sum())
         total = sum(whole)
         return ExpertsText(

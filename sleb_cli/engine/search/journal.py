@@ -99,10 +99,10 @@ class Journal:
         self, removed: Sequence[int], block: int | None, batches: Iterable[int | None]
     ) -> list[float]:
         """Return the scores on these batches in turn, without batches that were not measured."""
-        found = []
+        scores = []
         for batch in batches:
-            found += self.find(removed, block, batch) or []
-        return found
+            scores += self.find(removed, block, batch) or []
+        return scores
 
     def add(
         self,

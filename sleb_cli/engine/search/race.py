@@ -124,13 +124,13 @@ class Race:
         estimates = [self._prior(blocks)]
         if seen:
             estimates.append(self._observed(scores))
-        found = _combine(estimates)
+        combined = _combine(estimates)
         # Each pair is estimated by itself, so no row may be ahead of all; the one that is least
         # behind anyone leads.
-        leader = int(np.argmax(found.behind.min(1)))
+        leader = int(np.argmax(combined.behind.min(1)))
         for number, block in enumerate(blocks):
-            variance = 1 / found.precision[leader, number]
-            self._behind[block] = (float(found.behind[leader, number]), float(variance))
+            variance = 1 / combined.precision[leader, number]
+            self._behind[block] = (float(combined.behind[leader, number]), float(variance))
         negligible = NEGLIGIBLE * _median_distance(self._behind)
         for block in blocks:
             distance, variance = self._behind[block]

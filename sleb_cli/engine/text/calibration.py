@@ -267,7 +267,10 @@ def read_windows(
     text = source.read(Draw(samples, length, settings.seed, split, chat))
     if chat:
         answers = settings.chat == "answers"
-        rendered = [render(tokenizer, each, name, answers=answers) for each in text.conversations]
+        rendered = [
+            render(tokenizer, conversation, name, answers=answers)
+            for conversation in text.conversations
+        ]
         return cut_conversations(rendered, name, length, answers=answers, required=required)
     if source.is_reference:
         windows = cut_running_text(tokenizer, text.content, length)

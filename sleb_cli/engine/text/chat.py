@@ -92,10 +92,16 @@ def cut_answers(tokenizer: Any, text: Text, length: int, most: int | None) -> Ev
     Raises:
         DataError: the template refuses a conversation, or there are too few for a window.
     """
-    rendered = (render(tokenizer, each, text.source, answers=True) for each in text.conversations)
+    rendered = (
+        render(tokenizer, conversation, text.source, answers=True)
+        for conversation in text.conversations
+    )
     windows = pack(rendered, length, min(filter(None, (most, text.limit)), default=None))
     if not windows:
-        seen = [render(tokenizer, each, text.source, answers=True) for each in text.conversations]
+        seen = [
+            render(tokenizer, conversation, text.source, answers=True)
+            for conversation in text.conversations
+        ]
         raise _too_few(text.source, seen, length, answers=True)
     packed = torch.tensor(windows, dtype=torch.int64)
     ids = packed[..., 0].contiguous()
@@ -179,7 +185,7 @@ def _split_at_answers(
     marked = _mark_answers(conversation)
     marks_in = [message["content"].count(_MARK) for message in marked]
     whole = template(marked)
-    marks = [found.start() for found in re.finditer(_MARK, whole)]
+    marks = [mark.start() for mark in re.finditer(_MARK, whole)]
     if whole.replace(_MARK, "") != template(conversation) or len(marks) != sum(marks_in):
         raise unfound
     pieces = []
@@ -227,9 +233,9 @@ def _mark_answers(conversation: Conversation) -> Conversation:
 
 
 def _parse_answer(content: str) -> re.Match[str]:
-    found = _ANSWER.fullmatch(content)
-    assert found  # any text matches
-    return found
+    match = _ANSWER.fullmatch(content)
+    assert match  # any text matches
+    return match
 
 
 def _holds_thought(message: Mapping[str, Any], text: str) -> bool:

@@ -87,15 +87,15 @@ def resolve_calibration(
     source = source or usual
     shares = parse_mixture(source)
     sources = [text_source(name) for name in shares]
-    if chat is not None and not any(each.holds_conversations for each in sources):
+    if chat is not None and not any(text.holds_conversations for text in sources):
         raise UsageError(
             f"{source} is plain text, but --chat needs conversations.",
             hint="Leave out --chat, or name self-chat, or a .jsonl file or data set with "
             '"messages": lists of role and content.',
         )
-    for each in sources:
-        each.prompts()  # missing prompts are found before a model is loaded
-    if any(each.is_reference for each in sources):
+    for text in sources:
+        text.prompts()  # missing prompts are found before a model is loaded
+    if any(text.is_reference for text in sources):
         default = REFERENCE_ROWS
     settings = CalibrationSettings(
         source=source,

@@ -84,8 +84,8 @@ def write_or_find(
     )
     cached: list[T] = read_cached("texts", key) or []
     if cached:
-        found = plural(len(cached), writing.noun)
-        notify(Notice(f"Using {found} that the model wrote before, from the cache."))
+        count = plural(len(cached), writing.noun)
+        notify(Notice(f"Using {count} that the model wrote before, from the cache."))
         return cached
     # MPS cannot tell the state of its random number generator by device.
     devices = [] if device.type in ("cpu", "mps") else [device]
