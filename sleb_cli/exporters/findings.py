@@ -74,12 +74,12 @@ class Findings:
     @cached_property
     def text_scores(self) -> list[tuple[str, TextResult, PrunedTextScores]]:
         """Each text with its name and its scores at the plan's size."""
-        found = []
+        scored_texts = []
         for name, text in zip(self.text_names, self.texts, strict=True):
             scores = self.at_plan_size(text.pruned)
             if scores:
-                found.append((name, text, scores))
-        return found
+                scored_texts.append((name, text, scores))
+        return scored_texts
 
     @property
     def tasks(self) -> Sequence[TaskResult]:
@@ -92,13 +92,13 @@ class Findings:
 
         Their main metric counts right items; canaries, which break first, are left out.
         """
-        found = []
+        scored_tasks = []
         measured = [task for task in self.tasks if self.at_plan_size(task.pruned)]
         for task in main_tasks(measured):
             scores = self.at_plan_size(task.pruned)
             if scores and scores.lost is not None and not is_canary(task):
-                found.append((task, scores))
-        return found
+                scored_tasks.append((task, scores))
+        return scored_tasks
 
     def retention(self, removals: SizeKey) -> Estimate | None:
         """Return the mean accuracy as a share of the dense model's; None if a task was not measured
@@ -114,7 +114,7 @@ class Findings:
     @cached_property
     def main_workloads(self) -> list[tuple[WorkloadResult, PrunedTiming]]:
         """One generation and one prompt workload, with their times at the plan's size."""
-        found = []
+        workloads = []
         for name in ("generation", "prompt"):
             timed = []
             for result in self.workloads:
@@ -122,8 +122,8 @@ class Findings:
                 if timing and result.workload.name == name:
                     timed.append((result, timing))
             if timed:
-                found.append(min(timed, key=_unlike_a_headline))
-        return found
+                workloads.append(min(timed, key=_unlike_a_headline))
+        return workloads
 
     @property
     def sizes(self) -> tuple[ModelSize, ModelSize] | None:

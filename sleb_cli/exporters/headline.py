@@ -50,8 +50,8 @@ def verdicts(findings: Findings) -> list[str]:
     for use, tasks in by_use(findings.tasks).items():
         share = retention(tasks, findings.plan.largest)
         if share:
-            kept, interval = share
-            words = verdict(kept, interval)
+            kept_share, interval = share
+            words = verdict(kept_share, interval)
             if words:
                 lines.append(f"For {use}: {words}.")
     return lines

@@ -71,9 +71,9 @@ def mean_line(plan: Plan, tasks: Sequence[TaskResult]) -> Line:
     dense = fmean(task.dense.value for task in tasks)
     values: dict[int, Estimate] = {0: (dense, None)}
     for key in plan.size_keys:
-        kept = retention(tasks, key)
-        if kept:
-            values[len(key)] = (dense * kept[0], _limited(_scaled(kept[1], 0.0, dense)))
+        estimate = retention(tasks, key)
+        if estimate:
+            values[len(key)] = (dense * estimate[0], _limited(_scaled(estimate[1], 0.0, dense)))
     return Line(MEAN, values, MEAN)
 
 
@@ -81,9 +81,9 @@ def accuracy_line(findings: Findings) -> Line:
     """Return the share of the dense model's accuracy that is kept."""
     values: dict[int, Estimate] = {0: (1.0, None)}
     for key in findings.plan.size_keys:
-        kept = findings.retention(key)
-        if kept:
-            values[len(key)] = kept
+        estimate = findings.retention(key)
+        if estimate:
+            values[len(key)] = estimate
     return Line("accuracy", values)
 
 

@@ -280,13 +280,15 @@ def retention(tasks: Sequence[TaskResult], removals: SizeKey) -> Estimate | None
                     half_widths.append((ends.high - ends.low) / 2)
     if len(differences) < len(tasks) or dense <= 0:
         return None
-    kept = 1 + sum(differences) / dense
+    kept_share = 1 + sum(differences) / dense
     if len(half_widths) < len(differences):
-        return kept, None
+        return kept_share, None
     # Tasks are independent, so the half-widths of their intervals add in quadrature.
     half_width = math.hypot(*half_widths) / dense
     # Not validated: intervals in a file can be so wide that this one is infinite.
-    return kept, Interval.model_construct(low=kept - half_width, high=kept + half_width)
+    return kept_share, Interval.model_construct(
+        low=kept_share - half_width, high=kept_share + half_width
+    )
 
 
 def verdicts(tasks: Iterable[TaskResult]) -> Table:

@@ -90,7 +90,7 @@ def _summarize(plan: Plan) -> str:
     return f"{words}, {dtype} on {search.device}, {plan.environment.seconds:.0f} s"
 
 
-def _parts(plan: Plan, found: ExpertPlan) -> Table:
+def _parts(plan: Plan, experts: ExpertPlan) -> Table:
     """List the perplexity of each text with and without the parts that go, and how much it uses
     them.
     """
@@ -102,7 +102,7 @@ def _parts(plan: Plan, found: ExpertPlan) -> Table:
         ("unused", "{:,}".format),
     ]
     rows = []
-    for text in found.texts:
+    for text in experts.texts:
         name = public_source(text.text)
         if text.held_out:
             name += ", held out"
@@ -110,7 +110,7 @@ def _parts(plan: Plan, found: ExpertPlan) -> Table:
         pruned = math.exp(text.pruned)
         change = math.expm1(text.pruned - text.dense)
         rows.append([name, dense, pruned, change, text.kept, text.unreached])
-    total = found.count * len(found.blocks)
+    total = experts.count * len(experts.blocks)
     notes = [PERPLEXITY, _summarize(plan), f"unused: {plan.unit} that no token chose, of {total:,}"]
     return tabulate("The texts", columns, rows, notes)
 

@@ -71,10 +71,10 @@ def latencies(timed: Iterable[Scored]) -> Table:
     for workload, model, timing in timed:
         first = timing.ttft_ms
         between_tokens = timing.itl_ms
-        each = timing.tpot_ms
-        if between_tokens and each:
+        per_token = timing.tpot_ms
+        if between_tokens and per_token:
             row = [workload, model, first.median, first.p99]
-            rows.append([*row, between_tokens.median, between_tokens.p99, each.mean])
+            rows.append([*row, between_tokens.median, between_tokens.p99, per_token.mean])
     notes = [
         "TTFT: time to first token; ITL: between tokens; TPOT: mean time per token after the first."
     ]

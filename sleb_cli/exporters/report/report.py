@@ -81,6 +81,6 @@ def cards(findings: Findings) -> list[tuple[str, str, str]]:
         numbers.append((f"perplexity, {name}", format_change(change), f"{before} → {after}"))
     share = findings.retention(findings.plan.largest)
     if share:
-        kept, interval = share
-        numbers.append(("accuracy kept", format_share(kept), between(interval, format_share)))
+        kept_share, interval = share
+        numbers.append(("accuracy kept", format_share(kept_share), between(interval, format_share)))
     return numbers

@@ -25,7 +25,7 @@ class Section:
 def sections(findings: Findings) -> list[Section]:
     """Return the sections that have content, the most important first."""
     plan = findings.plan
-    found = [search_results.search(plan)]
+    search_tables = [search_results.search(plan)]
     settings = [provenance.search_settings(plan)]
     costs: list[Table] = []
     gains: list[Table] = []
@@ -43,7 +43,7 @@ def sections(findings: Findings) -> list[Section]:
         Section("quality", "What it costs", perplexity_plot(findings), costs),
         Section("speed", "What it gains", speed_plot(findings), gains),
         Section("said", "What both models say", sample=plan.sample_generation),
-        Section("search", f"How the {plan.unit} were found", search_plot(plan), found),
+        Section("search", f"How the {plan.unit} were found", search_plot(plan), search_tables),
         Section("recovery", "What recovery gave back", tables=recovered),
         Section("settings", "Settings", tables=settings),
     ]
