@@ -59,8 +59,8 @@ def split_mixture(source: str) -> list[tuple[str, str]]:
 
 
 def _without_folders(source: str) -> str:
-    found = _KIND.match(source)
-    kind = found[0] if found else ""
+    match = _KIND.match(source)
+    kind = match[0] if match else ""
     named = source.removeprefix(kind)
     if _FILE.search(named):
         return kind + named.rpartition("/")[2]

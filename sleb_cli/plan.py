@@ -331,17 +331,17 @@ class RecoveryRecord(Record):
         both texts.
         """
         answers = self.conversations
-        found = [
+        measured = [
             ("dense", self.dense, getattr(answers, "dense", None)),
             ("pruned", self.pruned, getattr(answers, "pruned", None)),
         ]
         if self.closed_form_losses:
             of_answers = getattr(answers, "closed_form", None)
-            found.append(("recovered in closed form", self.closed_form_losses, of_answers))
+            measured.append(("recovered in closed form", self.closed_form_losses, of_answers))
         if self.heal:
             name = f"healed on {self.heal.tokens:,} tokens"
-            found.append((name, self.heal.losses, getattr(answers, "healed", None)))
-        return found
+            measured.append((name, self.heal.losses, getattr(answers, "healed", None)))
+        return measured
 
     @property
     def summary(self) -> str:
@@ -685,15 +685,15 @@ def read_plan(path: Path) -> Plan:
 
 def compare_plans(before: Plan, after: Plan) -> str:
     """Say whether a repeated search found what `before` holds, and what else differs."""
-    found = f"the same {after.unit}, in the same order"
+    outcome = f"the same {after.unit}, in the same order"
     sizes = zip_longest(_sizes(before), _sizes(after))
     for size, (old, new) in enumerate(sizes, start=1):
         if old != new:
-            found = f"other {after.unit} from step {size} on"
+            outcome = f"other {after.unit} from step {size} on"
             break
     change = max(_changes(before, after))
     scores = f"scores differ by at most {change:.2g}" if change else "all scores are identical"
-    said = f"The search found {found}; {scores}."
+    said = f"The search found {outcome}; {scores}."
     differing = differences(_circumstances(after), _circumstances(before))
     return f"{said} Also different: {differing}." if differing else said
 

@@ -152,11 +152,11 @@ class Registry:
     @property
     def collisions(self) -> tuple[str, ...]:
         """A sentence for each name or model type that two plugins claim."""
-        found = []
+        sentences = []
         for (kind, name), rivals in self._claims.items():
             if len(rivals) > 1:
-                found.append(_collision(kind, name, rivals).message)
-        return tuple(found)
+                sentences.append(_collision(kind, name, rivals).message)
+        return tuple(sentences)
 
     @cached_property
     def _claims(self) -> dict[tuple[str, str], list[Offer]]:

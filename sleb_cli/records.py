@@ -170,7 +170,7 @@ class ModelRecord(Record):
 def same_fingerprint(one: str, other: str) -> bool:
     """Whether two fingerprints are of one model; those in older plans lack the second part."""
     pairs = zip(one.split("-"), other.split("-"), strict=False)
-    return all(part == other_part for part, other_part in pairs)
+    return all(digest == other_digest for digest, other_digest in pairs)
 
 
 Check = Literal[
@@ -215,11 +215,11 @@ def differences(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     """Describe how the data of two records differ: "search.metric: nll, not cosine; …"."""
     left = _flat(actual)
     right = _flat(expected)
-    found = []
+    clauses = []
     for name in left | right:
         if left.get(name) != right.get(name):
-            found.append(f"{name}: {left.get(name)}, not {right.get(name)}")
-    return "; ".join(found)
+            clauses.append(f"{name}: {left.get(name)}, not {right.get(name)}")
+    return "; ".join(clauses)
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -220,7 +220,7 @@ def _typed(name: str, value: Any, annotation: Any) -> Any:
         if get_origin(kind) is tuple:
             words, type_ = _TYPES[get_args(kind)[0]]
             wanted.append(f"a list of {words.removeprefix('a ')}s")
-            if isinstance(value, tuple) and all(_has_type(each, type_) for each in value):
+            if isinstance(value, tuple) and all(_has_type(item, type_) for item in value):
                 return value
         elif get_origin(kind) is Literal:
             choices = get_args(kind)
@@ -266,11 +266,11 @@ class Request:
 
     def __post_init__(self) -> None:
         annotations = get_type_hints(type(self))
-        for each in fields(self):
-            doc: Doc = each.metadata["doc"]
-            name = str(doc.metavar) if doc.argument else option_of(each.name)
-            value = _typed(name, getattr(self, each.name), annotations[each.name])
-            object.__setattr__(self, each.name, value)
+        for option in fields(self):
+            doc: Doc = option.metadata["doc"]
+            name = str(doc.metavar) if doc.argument else option_of(option.name)
+            value = _typed(name, getattr(self, option.name), annotations[option.name])
+            object.__setattr__(self, option.name, value)
             # As of a variable of a shell that is not set.
             if value == "" or (isinstance(value, tuple) and "" in value):
                 raise UsageError(f"{name} has an empty value.", hint="Write one, or leave it out.")
@@ -280,13 +280,13 @@ class Request:
     def command(self, verb: str) -> str:
         """Return the command with these options, other than for its output."""
         words = ["sleb", verb]
-        for each in fields(self):
-            value = getattr(self, each.name)
-            doc: Doc = each.metadata["doc"]
-            if value == each.default or each.name in ("output", "force"):
+        for option in fields(self):
+            value = getattr(self, option.name)
+            doc: Doc = option.metadata["doc"]
+            if value == option.default or option.name in ("output", "force"):
                 continue
             if isinstance(value, bool):
-                words.append(option_of(each.name if value else f"no_{each.name}"))
+                words.append(option_of(option.name if value else f"no_{option.name}"))
                 continue
             if not isinstance(value, tuple):
                 texts = [str(value)]
@@ -296,7 +296,7 @@ class Request:
                 texts = [",".join(map(str, value))]
             for text in texts:
                 if not doc.argument:
-                    words.append(option_of(each.name))
+                    words.append(option_of(option.name))
                 words.append(in_shell(text))
         return " ".join(words)
 
@@ -443,15 +443,15 @@ class SearchRequest(Request):
     @property
     def options(self) -> dict[str, Any]:
         """The options that repeat the search, where they are set."""
-        found = {}
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if each.name in REPEATED_OPTIONS and value != each.default:
-                found[each.name] = value
-        return found
+        options = {}
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name in REPEATED_OPTIONS and value != option.default:
+                options[option.name] = value
+        return options
 
 
-REPEATED_OPTIONS = {each.name for each in fields(SearchRequest)} - {
+REPEATED_OPTIONS = {option.name for option in fields(SearchRequest)} - {
     "extend", "resume", "output", "force", "trust_remote_code", "memory", "stream", "device_map"
 }  # fmt: skip
 """The options of a search that its plan holds: those that decide what it finds.

@@ -49,8 +49,8 @@ def in_python(text: str) -> str:
     """Name options as the arguments of a request, but for those of a command in backticks."""
     parts = text.split("`")
     parts[::2] = [
-        _OPTION.sub(lambda found: (found[1] or "output").replace("-", "_"), part)
-        for part in parts[::2]
+        _OPTION.sub(lambda match: (match[1] or "output").replace("-", "_"), prose)
+        for prose in parts[::2]
     ]
     return "`".join(parts)
 

@@ -51,7 +51,7 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
             )
         if option.name in defaults:
             raise UsageError(f"{path} has {key!r} under two names.", hint="Keep one of them.")
-        texts = [str(each) for each in value] if isinstance(value, list | tuple) else [str(value)]
+        texts = [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
         takes_many = option.multiple or option.nargs < 0
         defaults[option.name] = texts if takes_many else ",".join(texts)
     context.default_map = defaults
@@ -62,12 +62,12 @@ def _options(context: typer.Context) -> dict[str, Any]:
     """Return the parameters that a file may hold, by the names of their fields and options without
     dashes.
     """
-    found = {}
+    parameters = {}
     for parameter in context.command.params:
         if parameter.name not in _OF_A_RUN:
             for name in (str(parameter.name), parameter.opts[0]):
-                found[name.lstrip("-").replace("_", "-")] = parameter
-    return found
+                parameters[name.lstrip("-").replace("_", "-")] = parameter
+    return parameters
 
 
 def _read_yaml(path: Path) -> dict[str, str | list[str]]:

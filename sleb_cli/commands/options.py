@@ -40,7 +40,7 @@ def options_from(
     request.
     """
     annotations = get_type_hints(request_type)
-    options = [_Option(each, annotations[each.name]) for each in fields(request_type)]
+    options = [_Option(field, annotations[field.name]) for field in fields(request_type)]
 
     def decorate(run: Callable[[Any, How], None]) -> Callable[..., None]:
         def command(context: typer.Context, **values: Any) -> None:
@@ -66,8 +66,8 @@ def _signature(options: Iterable[_Option]) -> list[inspect.Parameter]:
     for option in sorted(options, key=lambda option: not option.doc.argument):
         parameters.append(option.parameter)
     annotations = get_type_hints(How, include_extras=True)
-    for each in fields(How):
-        parameters.append(_keyword(each.name, annotations[each.name], each.default))
+    for field in fields(How):
+        parameters.append(_keyword(field.name, annotations[field.name], field.default))
     return parameters
 
 
@@ -154,12 +154,12 @@ class _Option:
             return self.default
         if self.doc.repeated:
             return tuple(value)
-        parts = [part.strip() for part in value.split(",")] if self.is_list else []
+        parts = [item.strip() for item in value.split(",")] if self.is_list else []
         try:
             if self.is_list and self.kind is int:
                 numbers: list[int] = []
-                for part in parts:
-                    numbers += _range(part)
+                for item in parts:
+                    numbers += _range(item)
                 return tuple(numbers)
             if self.is_list:
                 return tuple(parts)
