@@ -131,8 +131,9 @@ def cpu_units() -> frozenset[str]:
 
 
 def cpu_dtypes() -> frozenset[torch.dtype]:
-    """Return the data types that this processor computes in; torch emulates others, several times
-    slower.
+    """Return the data types that this processor computes in.
+
+    torch emulates the others, several times slower.
     """
     dtypes = {torch.float32, torch.float64}
     for dtype, any_of in _UNITS.items():

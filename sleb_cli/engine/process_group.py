@@ -33,9 +33,7 @@ Turn = list[list[T]]
 
 
 def deal(items: Sequence[T], processes: int) -> list[Turn[T]]:
-    """Deal one item to each process, turn after turn; the same items always go to the same
-    processes.
-    """
+    """Deal one item to each process, turn after turn; each item always goes to the same process."""
     turns = []
     for first in range(0, len(items), processes):
         turn = [list(items[number : number + 1]) for number in range(first, first + processes)]
@@ -55,9 +53,7 @@ class PeerLost(Exception):
 
 
 class ProcessGroup:
-    """Communication between the processes; all of them must call the same methods in the same
-    order.
-    """
+    """Communication between the processes, which all call the same methods in the same order."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank = rank
@@ -104,9 +100,7 @@ class ProcessGroup:
                 yield from gathered
 
     def main_first(self, do: Callable[[], T]) -> T:
-        """Call `do` in one process of each machine before the others, which find its work in the
-        cache.
-        """
+        """Call `do` in one process of each machine first; the others find its work in the cache."""
         if local_rank() == 0:
             result = do()
             self.gather(None)
@@ -118,8 +112,7 @@ class ProcessGroup:
 
 @contextmanager
 def join_processes() -> Iterator[ProcessGroup]:
-    """Yield the processes that a launcher started with this one, or this one alone; if one fails,
-    all end.
+    """Yield the processes that a launcher started, or this one alone; if one fails, all end.
 
     Raises:
         WorkerFinished: the body failed in another process than the main one, which reports it.
@@ -177,9 +170,7 @@ def _default_signal_handlers() -> Iterator[None]:
 
 
 def _error_to_raise(error: BaseException, group: ProcessGroup, store: Any) -> BaseException:
-    """Return the error that this process ends with: the cause in the main one; the others end
-    quietly.
-    """
+    """Return the error to end with: the cause in the main process; the others end quietly."""
     if threading.current_thread() is threading.main_thread():
         # The launcher sends SIGTERM while this process says why it ends.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,6 +1,4 @@
-"""Errors and intervals of proportions, means, paired differences and ratios of medians: plain
-arithmetic.
-"""
+"""Errors and intervals of proportions, means, paired differences and ratios of medians."""
 
 from __future__ import annotations
 
@@ -96,8 +94,7 @@ def clustered_mean(values: Tensor, clusters: Tensor) -> Estimate:
 
 
 def paired_proportions_interval(lost: int, gained: int, count: int) -> Interval:
-    """Return the interval of the difference of two proportions of the same items, `(gained - lost)
-    / count`.
+    """Return the interval of `(gained - lost) / count`, of two proportions of the same items.
 
     This is the Wald interval with one more lost and one more gained item (Bonett and Price, J.
     Educ. Behav. Stat. 37, 2012). Without them, models that agree on a few items would seem to agree
@@ -113,9 +110,7 @@ def paired_proportions_interval(lost: int, gained: int, count: int) -> Interval:
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """Return the p-value of the exact McNemar test (Psychometrika 12, 1947): would chance split the
-    flips so?
-    """
+    """Return the p-value of the exact McNemar test (Psychometrika 12, 1947): are flips chance?"""
     from scipy import stats
 
     if not lost + gained:
@@ -124,8 +119,7 @@ def mcnemar(lost: int, gained: int) -> float:
 
 
 def items_needed(deviation: float) -> int | None:
-    """Return the number of items that shows a change of a hundredth with 95% confidence and 80%
-    power.
+    """Return how many items show a change of a hundredth with 95% confidence and 80% power.
 
     `deviation` is of the paired difference; without any, None. Source: Miller, arXiv 2411.00640,
     equation 9, where one answer per item leaves the variance of the paired difference.
@@ -166,9 +160,7 @@ def relative_deviation(sample: Sequence[float]) -> float:
 
 
 def count_outliers(sample: Sequence[float]) -> int:
-    """Count the values beyond Tukey's fences: 1.5 interquartile ranges below or above the
-    quartiles.
-    """
+    """Count the values more than 1.5 interquartile ranges beyond the quartiles (Tukey)."""
     low, high = np.percentile(sample, (25, 75))
     margin = 1.5 * (high - low)
     return sum(not low - margin <= value <= high + margin for value in sample)

@@ -61,9 +61,7 @@ def saving(path: Path) -> Iterator[None]:
 
 @contextmanager
 def translate_transformers_errors(what: str) -> Iterator[None]:
-    """Translate the errors of transformers while it reads a user's files into a MachineError or
-    ModelError.
-    """
+    """Turn transformers' errors in reading a user's files into a MachineError or ModelError."""
     hint = "Check the files, or upgrade with `pip install --upgrade transformers`."
     with translate_errors(error_saying(ModelError, f"transformers cannot read {what}", hint)):
         try:

@@ -56,9 +56,7 @@ class Removal:
         return ()
 
     def record(self, sizes: Mapping[str, tuple[int, int]]) -> Mapping[str, CutRecord]:
-        """Return its entry in results, under its key there; `sizes` has the model's sizes before
-        and after.
-        """
+        """Return its entry in results, under its key; `sizes` has the sizes before and after."""
         return {}
 
 
@@ -82,9 +80,7 @@ class Cut(Removal, ABC):
 
     @property
     def files(self) -> Mapping[str, Any]:
-        """The contents of JSON files that the checkpoint gets, by name; None for files that it
-        loses.
-        """
+        """The contents of the checkpoint's JSON files by name; None for files that it loses."""
         return {}
 
     def settings(self, file: str, values: dict[str, Any]) -> dict[str, Any]:

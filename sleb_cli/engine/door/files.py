@@ -1,6 +1,4 @@
-"""Resolve a name to the files of a model, before torch is imported: a mistake in it is answered at
-once.
-"""
+"""Find the files of a model by name, before torch is imported, so mistakes show at once."""
 
 from __future__ import annotations
 

@@ -193,9 +193,7 @@ def _resolve_text(request: ApplyRequest, subject: Subject, *, stream: bool) -> C
 
 
 def _default_source(subject: Subject, *, stream: bool) -> str:
-    """Return the default text to recover on: the plan's, if it is general, with a quarter of the
-    model's own.
-    """
+    """Return the default text: the plan's, if it is general, with a quarter of the model's own."""
     # A streamed model writes nothing, since each token would read all of its weights.
     source = subject.architecture.source
     own = SELF

@@ -1,6 +1,4 @@
-"""Formats in which a model's folder may hold the weights again; they are neither downloaded nor
-copied.
-"""
+"""Other formats of the weights in a model's folder, which are not downloaded or copied."""
 
 import re
 

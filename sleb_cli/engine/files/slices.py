@@ -13,8 +13,9 @@ from sleb_cli.engine.files.copying import runs
 
 @dataclass(frozen=True)
 class Slices:
-    """The slices that stay of `count` along one axis of a tensor, such as a block's part of
-    per-layer embeddings.
+    """The slices that stay of `count` along one axis of a tensor.
+
+    For example a block's slice of per-layer embeddings.
     """
 
     axis: int
@@ -33,9 +34,7 @@ class Slices:
         return slices.index_select(self.axis, indices).flatten(self.axis, self.axis + 1)
 
     def ranges(self, shape: Sequence[int], size: int) -> list[tuple[int, int]] | None:
-        """Return the offsets and sizes of their bytes, neighbours as one; None if a slice is not
-        contiguous.
-        """
+        """Return offsets and sizes of their bytes, neighbors joined; None if not contiguous."""
         # A slice is contiguous only if all axes before it have one entry.
         if math.prod(shape[: self.axis]) != 1 or size % self.count:
             return None

@@ -30,7 +30,7 @@ def float_dtypes(weights: WeightFiles) -> list[torch.dtype]:
 def read_all(
     weights: WeightFiles, names: Container[str] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read all tensors, or those of these names, in the files' order, one file open at a time."""
+    """Read all tensors, or the named ones, in the files' order, one file open at a time."""
     for header in weights.headers:
         wanted = [tensor.name for tensor in header.tensors]
         if names is not None:

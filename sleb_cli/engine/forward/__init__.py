@@ -1,3 +1,1 @@
-"""How blocks are skipped in memory, and how all candidates are scored in one walk through the
-blocks.
-"""
+"""Skip blocks in memory, and score all candidates in one walk through the blocks."""

@@ -1,5 +1,4 @@
-"""The forking forward: a single walk through the blocks runs the model without each of any number
-of candidates.
+"""The forking forward: one walk through the blocks serves all candidates.
 
 To skip a block is to pass its input on, so the model without block j equals the model itself up to
 j. A walk carries a
@@ -194,8 +193,9 @@ def walk_together(skippable: SkippableModel, walks: Sequence[BatchWalk]) -> None
 def fork(
     skippable: SkippableModel, ids: Tensor, removed: Collection[int], candidates: Sequence[int]
 ) -> dict[int, Tensor]:
-    """Return the hidden states that leave the last block, by the candidate left out; without
-    candidates, by BASE.
+    """Return the hidden states that leave the last block by candidate left out.
+
+    Without candidates, they are by BASE.
 
     The `candidates` are in ascending order; `ids` is [batch, positions].
     """

@@ -17,9 +17,7 @@ CHECKED_POSITIONS = 64
 
 
 def why_not_fork(skippable: SkippableModel, ids: Tensor) -> str | None:
-    """Compare the fork's logits with whole passes' on a few candidates and sequences; return a
-    clause on a fault.
-    """
+    """Compare a few of the fork's logits with whole passes'; return a clause on a fault."""
     count = len(skippable.switches)
     if not skippable.weights.resident:
         blocks = [count // 2]  # each whole pass reads all weights

@@ -12,9 +12,7 @@ from sleb_plugins import LogitMetric
 
 
 def position_slices(ids: Tensor, positions: int) -> list[slice]:
-    """Slice the predicting positions of `ids`, [batch, positions], so that a slice has at most
-    `positions` logits.
-    """
+    """Slice the predicting positions of `ids`, [batch, positions], at most `positions` logits."""
     step = max(1, positions // len(ids))
     last = ids.shape[1] - 1
     return [slice(start, min(start + step, last)) for start in range(0, last, step)]
@@ -59,9 +57,7 @@ def score_logits(
 def score_positions(
     metric: LogitMetric, logits: Tensor, targets: Tensor, dense: Tensor | None
 ) -> Tensor:
-    """Score logits [batch, positions, vocabulary] slice by slice, and return float32 [batch,
-    positions].
-    """
+    """Score logits [batch, positions, vocabulary] slice by slice: float32 [batch, positions]."""
     flat = logits.flatten(0, 1)
     flat_targets = targets.flatten()
     scores = []

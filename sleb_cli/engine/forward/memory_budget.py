@@ -77,9 +77,7 @@ class MemoryBudget:
     kept_branches: int
 
     def halved(self) -> MemoryBudget | None:
-        """Return a smaller budget, reduced first where it costs the least time; None if it cannot
-        be smaller.
-        """
+        """Return a smaller budget, cut first where that costs least time; None if impossible."""
         # These two change no digit. Fewer positions at once, or fewer sequences in a batch, can
         # change the last bits.
         if self.kept_branches or self.branches > 1:

@@ -23,9 +23,7 @@ COPIES_WIDENED = 6
 
 
 def model_bytes(architecture: Architecture, dtype: torch.dtype, *, stream: bool = False) -> int:
-    """Return the bytes of the weights in this data type; packed weights take as many as in the
-    files.
-    """
+    """Return the bytes of the weights in this data type; packed weights stay as in the files."""
     if not stream:
         return _bytes_as(dtype, architecture.source.weights.stored)
     # Everything outside the blocks, the block that computes, and the one that is read.
@@ -39,9 +37,7 @@ def model_bytes(architecture: Architecture, dtype: torch.dtype, *, stream: bool 
 
 
 def converted_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
-    """Return the bytes that transformers writes to disk if the blocks stay there and it stores
-    weights otherwise.
-    """
+    """Return the bytes that transformers writes to disk when it converts blocks that stay there."""
     for plan in get_model_conversion_mapping(architecture.skeleton):
         if isinstance(plan, WeightConverter):
             return model_bytes(architecture, dtype)
@@ -82,9 +78,7 @@ def _bytes_as(dtype: torch.dtype, tensors: Sequence[StoredTensor]) -> int:
 
 @dataclass(frozen=True)
 class Footprint:
-    """The bytes that one token takes: in a branch of hidden states, inside a block, as logits, and
-    while scored.
-    """
+    """The bytes of a token: in a branch of hidden states, inside a block, as logits, in scoring."""
 
     branch: int
     block: int
@@ -103,9 +97,7 @@ class Footprint:
 
 
 def measure_footprint(skippable: SkippableModel, ids: Tensor) -> Footprint:
-    """Measure the bytes that a few tokens take; the inside of a block is estimated from its widest
-    weight.
-    """
+    """Measure the bytes that a few tokens take; for a block's inside, go by its widest weight."""
     entering: list[Tensor] = []
     others = range(1, len(skippable.switches))
     skippable.run_with_hook(ids, others, lambda block, before, after: entering.append(before))

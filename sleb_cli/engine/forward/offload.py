@@ -1,6 +1,4 @@
-"""Weights that accelerate keeps in CPU memory or on disk, and moves to a device while their module
-runs.
-"""
+"""Weights that accelerate keeps in CPU memory or on disk until their module runs."""
 
 from __future__ import annotations
 
@@ -16,8 +14,7 @@ from sleb_cli.engine.forward.block_weights import BlockWeights, Visit, aligned
 
 
 class OffloadedValues(ChainMap[str, Tensor]):
-    """The values of a model's offloaded weights by name, from which its modules take them; the
-    stored ones come last.
+    """The values of a model's offloaded weights by name; the stored ones come last.
 
     If `align` is set, all lie at multiples of 64 bytes; otherwise, weights on disk lie as in their
     file.
@@ -61,9 +58,7 @@ def offloaded_values(model: Any) -> OffloadedValues | None:
 
 @dataclass
 class OffloadedBlocks(BlockWeights):
-    """Blocks, some of whose weights are in place only while they are visited or accelerate runs
-    them.
-    """
+    """Blocks with weights that are in place only while visited, or while accelerate runs them."""
 
     values: OffloadedValues
     blocks: Sequence[nn.Module]

@@ -152,9 +152,7 @@ def choose_dtype(
 
 
 def blocks_on_disk(architecture: Architecture, count: int, device: torch.device) -> DeviceMap:
-    """Return a device map of a model of `count` blocks that leaves them in their files, and all
-    else on a device.
-    """
+    """Return a device map that leaves `count` blocks on disk, and puts the rest on a device."""
     main: int | str = device.index or 0
     if device.type in ("cpu", "mps"):
         main = device.type

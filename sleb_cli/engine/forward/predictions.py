@@ -15,9 +15,7 @@ from sleb_cli.engine.forward.stores import SharedInputs, keep_on_device, to_cpu
 
 @dataclass(eq=False)
 class Predictions:
-    """The logits of a batch, computed a slice of positions at a time from the states that leave the
-    last block.
-    """
+    """A batch's logits from the last block's output, computed a slice of positions at a time."""
 
     skippable: SkippableModel
     ids: Tensor
@@ -53,8 +51,7 @@ def predict_together(
 
 @dataclass(eq=False)
 class SharedPredictions:
-    """Predictions without each of some sets of blocks, asked on the same batches for one set after
-    the other.
+    """Predictions without each of some sets of blocks, asked for in turn on the same batches.
 
     The first set computes all, so that blocks that they share run once. The others wait, as hidden
     states in up to `memory` bytes of the host; a set for which there is no room is computed when it

@@ -40,8 +40,9 @@ def prepare_passes(
     checked: int | None = None,
     walks_together: bool = False,
 ) -> tuple[Passes, str | None]:
-    """Fit the passes over `sequences`, [sequences, positions], into memory; also return why walks
-    are not shared.
+    """Fit the passes over `sequences`, [sequences, positions], into memory.
+
+    Also returns why walks are not shared.
 
     `loss_mask`, of that shape, is as of `Passes`, and `memory` returns the bytes that may be used
     on a device in addition to the model. The fork is checked on `checked` tokens of a sequence.
@@ -82,9 +83,7 @@ def prepare_passes(
 def _store_all(
     passes: Passes, footprint: Footprint, available: int, memory: Callable[[torch.device], int]
 ) -> Passes:
-    """Choose where the hidden states of all sequences and branches wait, and how many are kept
-    between steps.
-    """
+    """Choose where the hidden states of sequences and branches wait, and how many are kept."""
     # If all candidates' states do not fit into memory, a step goes through the model with a group
     # of them at a time.
     device = passes.skippable.device

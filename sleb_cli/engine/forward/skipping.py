@@ -28,9 +28,7 @@ from sleb_plugins.errors import explain_out_of_memory
 
 @dataclass(frozen=True)
 class Call:
-    """The inputs that a model passes to one block: hidden states, and others such as masks and
-    rotary tables.
-    """
+    """The inputs of one block: hidden states, and others such as masks and rotary tables."""
 
     block: int
     entering: Tensor
@@ -40,8 +38,7 @@ class Call:
 
 @dataclass(eq=False)
 class BlockSwitch:
-    """Replaces one block's `forward`: runs it, or returns its input, or returns the hidden states
-    in `inject`.
+    """Replaces a block's `forward`: runs it, or returns its input or the states in `inject`.
 
     `hook` is called with the states that enter and leave and the other inputs, and `fetch` before
     the block runs. `wraps` has a function for each class of blocks that makes hidden states a
@@ -96,9 +93,7 @@ def _hidden_states(output: Any) -> Tensor:
 
 
 def _wrapper_like(output: Any) -> Callable[[Tensor], Any]:
-    """Return a function that wraps hidden states as `output` does: alone, or first in a tuple or
-    list.
-    """
+    """Return a function that wraps states as `output` does: alone, or first in a tuple or list."""
     if not isinstance(output, tuple | list):
         return lambda hidden: hidden
     # The other elements hold extras that were not requested, such as attention weights.
@@ -191,8 +186,9 @@ class SkippableModel:
             switch.fetch = None
 
     def logits(self, ids: Tensor, removed: Collection[int], *, last: int = 0) -> Tensor:
-        """Run the model without the removed blocks; with `last`, for the last positions if the
-        family supports that.
+        """Run the model without the removed blocks.
+
+        With `last`, return the logits of the last positions, if the family supports that.
         """
         self.skip(removed)
         return self._forward(ids, last=last)
@@ -204,8 +200,7 @@ class SkippableModel:
         hook: Callable[[int, Tensor, Tensor], None],
         start: tuple[int, Tensor] | None = None,
     ) -> None:
-        """Run the model without the removed blocks; call `hook` with each other block and its input
-        and output.
+        """Run without the removed blocks; call `hook` with each other block, its input and output.
 
         `start` is a block and the hidden states that enter it: the blocks before it are not run.
         With a device map, all states are passed on the model's device.
@@ -232,9 +227,7 @@ class SkippableModel:
         hook(block, entering.to(self.device), leaving.to(self.device))
 
     def calls(self, ids: Tensor) -> list[Call]:
-        """Record the inputs of each block for these tokens; every block is skipped, so it costs
-        little.
-        """
+        """Record the inputs of each block for these tokens; no block runs, so it costs little."""
         self.skip(range(len(self.switches)))
         calls: list[Call] = []
         for block, switch in enumerate(self.switches):
@@ -281,18 +274,14 @@ class SkippableModel:
                     parameter.data = data
 
     def run_block(self, call: Call, hidden: Tensor) -> Tensor:
-        """Run one block alone, as in a pass of the whole model, on hidden states of the recorded
-        shape.
-        """
+        """Run one block alone, as in a pass of the whole model, on states of the recorded shape."""
         hidden = hidden.to(self.places[call.block])  # states may be held where there is more memory
         with self._translate_errors(call.entering.shape, f"block {call.block} alone"):
             output = self.switches[call.block].forward(hidden, *call.args, **call.kwargs)
             return _require_values(_hidden_states(output), f"block {call.block}")
 
     def head(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """Return the logits of hidden states that leave the last block, for a slice of positions
-        with its `ids`.
-        """
+        """Return the logits of the last block's output, for a slice of positions with its `ids`."""
         # The model itself runs, for its final norm, its head, and the family's own steps. Positions
         # do not depend on each other there, so no logits need to exist beyond the slice.
         self.skip(range(len(self.switches)))
@@ -300,9 +289,7 @@ class SkippableModel:
         return self._forward(ids)
 
     def backward(self, states: Tensor, gradient: Tensor) -> None:
-        """Backpropagate the gradient of `states`, which a pass returned, to the trainable
-        parameters.
-        """
+        """Backpropagate the gradient of a pass's `states` to the trainable parameters."""
         with self._translate_errors(states.shape, "backwards"):
             torch.autograd.backward(states, gradient)
 

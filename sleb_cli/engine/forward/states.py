@@ -1,5 +1,4 @@
-"""Hidden states that one step of a search keeps for the next, because a removal leaves them
-unchanged.
+"""Hidden states that a search keeps for its next step, since a removal leaves them unchanged.
 
 Below r, the model without r and j equals the model without j. So if a step's branches are kept at
 some depth, and nothing below that depth is removed, the next step starts there with all of its
@@ -19,9 +18,7 @@ BASE = -1
 
 
 class States:
-    """Hidden states of one batch, [batch, positions, hidden size], by depth (the block that they
-    enter) and branch.
-    """
+    """Hidden states of one batch, [batch, positions, hidden size], by block entered and branch."""
 
     def __init__(self) -> None:
         self.at: defaultdict[int, dict[int, Tensor]] = defaultdict(dict)
@@ -35,9 +32,7 @@ class States:
         return deepest
 
     def after_removal(self, block: int) -> None:
-        """Drop the states that change when `block` is removed; above it, its own branch stays, as
-        the new base.
-        """
+        """Drop the states that change without `block`; its own branch becomes the base above it."""
         for depth in list(self.at):
             if depth <= block:
                 continue
@@ -46,9 +41,7 @@ class States:
                 self.at[depth] = {BASE: branches[block]}
 
     def shrink(self, limit: int, useful: Sequence[int]) -> None:
-        """Keep at most `limit` branches: of the `useful` depths first, the most useful first, then
-        of the deepest.
-        """
+        """Keep at most `limit` branches: the most useful depths first, then the deepest."""
         others = sorted(self.at.keys() - set(useful), reverse=True)
         count = 0
         for depth in [*useful, *others]:
@@ -62,8 +55,9 @@ class States:
 def depths_to_keep(
     ranking: Sequence[int], candidates: Sequence[int], limit: int, count: int
 ) -> dict[int, int]:
-    """Choose the depths at which to keep branches for the next step, and how many at each; the most
-    useful come first.
+    """Choose the depths at which to keep branches for the next step, the most useful first.
+
+    Also returns how many to keep at each.
 
     At most `limit` branches are kept in all. `ranking` has the best candidates, the best first, of
     which `count` are used.

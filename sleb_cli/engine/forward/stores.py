@@ -43,9 +43,7 @@ class SharedInputs:
     _shared: list[Tensor] = field(default_factory=list, init=False)
 
     def calls(self, ids: Tensor) -> list[Call]:
-        """Record the calls of the blocks for these tokens, with tensors of earlier calls in place
-        of equal ones.
-        """
+        """Record the blocks' calls for these tokens, reusing equal tensors of earlier calls."""
         calls = self.skippable.calls(ids)
         entering = self.store(calls[0].entering)
         find = cache(self._find)

@@ -1,5 +1,4 @@
-"""A model larger than memory: its blocks stay in the weight files, and are read one at a time as
-they are visited.
+"""A model larger than memory: its blocks are read from the weight files as they are visited.
 
 Everything outside the blocks (embeddings, final norm, head) is in memory. While one block computes,
 a thread reads the next one, so there are never more than two blocks in memory. transformers' own
@@ -56,9 +55,7 @@ def require_streamable(architecture: Architecture) -> None:
 
 
 class StreamedBlocks(BlockWeights):
-    """The blocks of a model in its files; its parameters are on the meta device, but for the block
-    that is visited.
-    """
+    """The blocks of a model in its files; only the visited block has parameters in memory."""
 
     resident = False
 
@@ -102,9 +99,7 @@ class StreamedBlocks(BlockWeights):
 
     @contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let blocks that are visited while the context is open have these values, by the model's
-        names.
-        """
+        """Give blocks that are visited in this context these values, by the model's names."""
         before = self._new
         self._new = {**before, **values}
         try:
@@ -205,9 +200,7 @@ class StreamedBlocks(BlockWeights):
         return info
 
     def _load_outside(self, stored: Sequence[StoredTensor]) -> None:
-        """Put everything outside the blocks in place, and give the blocks the buffers that no file
-        holds.
-        """
+        """Load all that is outside the blocks, and the blocks' buffers that no file holds."""
         info = self._put_in_place(self._read_tensors(stored))
         path = self._architecture.adapter.blocks_path
         info.missing_keys -= {f"{path}.{name}" for name in self.modules.state_dict()}
@@ -221,7 +214,7 @@ class StreamedBlocks(BlockWeights):
 
 
 class _StreamedVisit(Visit):
-    """Reads the weights of each block, and those of the next while it computes."""
+    """Reads the weights of each block, and of the next one while it computes."""
 
     def __init__(self, streamed: StreamedBlocks, blocks: Sequence[int]) -> None:
         self._streamed = streamed

@@ -18,8 +18,9 @@ the last block.
 
 @dataclass(frozen=True)
 class BlockNumbering:
-    """How weight files name tensors of blocks: `prefix`, number, rest; `extra` numbers follow the
-    last block's.
+    """How weight files name a block's tensors: `prefix`, number, rest.
+
+    `extra` numbers follow the last block's.
     """
 
     prefix: str
@@ -28,31 +29,23 @@ class BlockNumbering:
 
 @dataclass(frozen=True)
 class BlockNames:
-    """The names of a model's blocks in weight files, in memory and in settings, before and after a
-    removal.
-    """
+    """The names of a model's blocks in files, memory and settings, before and after a removal."""
 
     blocks_path: str
     numbering: BlockNumbering
     kept: Kept
 
     def block_of(self, name: str) -> int | None:
-        """Return the block that a tensor or module belongs to by its name, or None for one outside
-        the blocks.
-        """
+        """Return the block of a tensor or module by its name; None outside the blocks."""
         return self.split(name)[0]
 
     def split(self, name: str) -> tuple[int | None, str]:
-        """Return the block that a tensor or module belongs to, and its name there; None and its
-        name outside them.
-        """
+        """Return the block of a tensor or module and its name there; None and its name outside."""
         match = self._in_block.fullmatch(name)
         return (int(match[2]), match[3].removeprefix(".")) if match else (None, name)
 
     def renamed(self, name: str) -> str | None:
-        """Return a tensor's or module's name in the pruned model; None if it belongs to a removed
-        block.
-        """
+        """Return a tensor's or module's name in the pruned model; None in a removed block."""
         match = self._in_block.fullmatch(name)
         if match is None:
             return name
@@ -70,9 +63,7 @@ class BlockNames:
 
 
 def find_block_numbering(names: Iterable[str], path: str, count: int) -> BlockNumbering | None:
-    """Find how weight files number the `count` blocks that the model keeps under `path`; None if
-    they do not.
-    """
+    """Find how weight files number the `count` blocks under `path`; None if they do not."""
     lists: dict[str, list[int]] = defaultdict(list)
     for name in names:
         for match in re.finditer(r"\.(\d{1,9})(?=\.)", f".{name}"):
@@ -92,9 +83,7 @@ def find_block_numbering(names: Iterable[str], path: str, count: int) -> BlockNu
 
 
 def path_suffixes(path: str) -> list[str]:
-    """Return the possible prefixes of tensors under `path`; files of a base model omit its first
-    parts.
-    """
+    """Return possible prefixes of tensors under `path`; a base model's files omit its start."""
     parts = path.split(".")
     return [".".join(parts[start:]) + "." for start in range(len(parts))]
 

@@ -50,8 +50,7 @@ def continue_each(
     new: int,
     ended: Callable[[int], HaveEnded],
 ) -> list[Tensor]:
-    """Return the tokens that follow each prompt, at most `new`; after the end of a text, they are
-    undefined.
+    """Return at most `new` tokens after each prompt; behind a text's end, they are undefined.
 
     Args:
         run: transformers' `generate`, given a batch of tokens, settings for a `GenerationConfig`,
@@ -126,9 +125,7 @@ def _cache_option(output: Any, rows: Tensor) -> dict[str, Any]:
 
 @contextmanager
 def with_requires_grad(model: Any) -> Iterator[None]:
-    """Let weights require gradients, as in a model that transformers loads, although none are
-    computed.
-    """
+    """Let weights require gradients, as when transformers loads them; none are computed."""
     # Only then does torch fold a product into one of matrices. Otherwise a head in bfloat16 that
     # reads one position takes thirty times as long on a CPU, which users of transformers never see.
     weights = model.parameters() if getattr(model, "hf_quantizer", None) is None else ()

@@ -36,9 +36,7 @@ _UNQUANTIZED: dict[int, torch.dtype] = {
 
 
 def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
-    """Write the model in `path` to `folder`, in bfloat16 if it is quantized, else in its own data
-    type.
-    """
+    """Write the model in `path` to `folder`, in its data type, or bfloat16 if it is quantized."""
     quiet_libraries()
     with task(notify, f"Converting {path.name}", 2, "steps") as advance:
         file = read_gguf(path)

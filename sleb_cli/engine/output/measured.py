@@ -64,10 +64,9 @@ def results_of_plan(kind: type[R], path: Path, plan: Plan, notify: Notify) -> di
 
 
 def join_results(results: Reversible[R]) -> R | None:
-    """Join the results in the setting of the last one; of a part that is in several, the last
-    counts.
+    """Join the results in the setting of the last one; the last result of each part counts.
 
-    Of benchmarks, only those of transformers count, since other engines may have other weights.
+    Of benchmarks, only runs of transformers count, since other engines may have other weights.
     """
     joined = None
     for result in reversed(results):

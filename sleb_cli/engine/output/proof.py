@@ -1,7 +1,7 @@
 """Prove that a saved checkpoint computes what the dense model computes without the removed parts.
 
 Three checks, in order: the files hold the planned bytes; stock transformers loads them, and the
-logits equal those of the dense model; the checkpoint generates with the KV cache. If logits differ,
+logits equal the dense model's; the checkpoint generates with the KV cache. If logits differ,
 both models are compared in a wider data type, which decides: a fault shows there, and the rounding
 of a narrow type does not. If the dense model does not fit in memory, no logits are compared, and
 the proof says that it is partial. docs/reference/commands.md lists what a proof cannot see.

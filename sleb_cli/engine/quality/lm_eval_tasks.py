@@ -97,8 +97,7 @@ class LoadedTask:
             )
 
     def fingerprints(self, tokenizer: Any) -> dict[str, str]:
-        """Hash everything that results depend on besides the model, for each task and each group
-        with metrics.
+        """Hash all that results depend on besides the model, for each task and group with metrics.
 
         The requests are built for it, since a task's code may read its prompts from anywhere. The
         tokenizer only writes chats.

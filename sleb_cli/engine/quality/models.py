@@ -28,8 +28,9 @@ CHECKED_TOKENS = 64
 
 
 class Models:
-    """The dense model and one for each size, loaded when first needed; they share weights if they
-    can.
+    """The dense model and one for each size, loaded when first needed, with shared weights.
+
+    If they cannot share weights, only one is loaded at a time.
     """
 
     def __init__(
@@ -66,8 +67,9 @@ class Models:
         return f"model {self.subject.order.describe(size)}"
 
     def without(self, removals: SizeKey) -> SkippableModel:
-        """Return the model of one of `sizes`, or the dense one; if they share no weights, it
-        replaces the last one.
+        """Return the model of one of `sizes`, or the dense one.
+
+        If they share no weights, it replaces the last one.
         """
         if removals not in self._loaded:
             if self.one_at_a_time:
@@ -85,9 +87,7 @@ class Models:
 
     @contextmanager
     def in_turn(self, sizes: Sequence[SizeKey]) -> Iterator[SharedPredictions | None]:
-        """Let sizes that are predicted one after another share work; None if they have none in
-        common.
-        """
+        """Let sizes that are predicted in turn share work; None if they have none in common."""
         if len(sizes) < 2 or not self.differ_in_blocks_alone or not self._runs_by_blocks:
             yield None
             return

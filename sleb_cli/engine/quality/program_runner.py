@@ -77,9 +77,7 @@ def limit(*, confined: bool) -> None:
 
 
 def watch(program: int, *, confined: bool) -> bool:
-    """Wait for a child, and return whether it comes to its end, rather than to an error, a limit,
-    or a sleep.
-    """
+    """Wait for a child; return whether it ends by itself, not by an error, a limit or sleep."""
     checked = time.monotonic()
     asleep = 0
     sleb = select.poll()
@@ -104,9 +102,7 @@ def count_files() -> int:
 
 
 def is_asleep(program: int) -> bool:
-    """Whether no thread of the program's session, or of this one, wants a processor or waits for a
-    disk (Linux).
-    """
+    """Whether no thread of the program's session, or this one, runs or waits for a disk (Linux)."""
     states = set()
     sessions = {os.getsid(0), os.getsid(program)}
     for process in Path("/proc").glob("[0-9]*"):

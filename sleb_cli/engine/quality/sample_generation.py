@@ -1,6 +1,4 @@
-"""Let the dense and the pruned model write a few words: a sentence shows a collapse that perplexity
-hides.
-"""
+"""Let both models write a few words: a sentence shows a collapse that perplexity hides."""
 
 from __future__ import annotations
 
@@ -33,8 +31,9 @@ def generate_sample(
     notify: Notify,
     absent: AbstractContextManager[object] | None = None,
 ) -> SampleGeneration | None:
-    """Let both models continue a fixed prompt greedily; None, with a notice, if memory or positions
-    are too few.
+    """Let both models continue a fixed prompt greedily.
+
+    Returns None, with a notice, if memory or positions are too few.
 
     The pruned model is the dense one without the `removed` blocks, in the context `absent`.
     """

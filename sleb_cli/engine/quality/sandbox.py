@@ -38,8 +38,9 @@ _OWN_FOLDER = ("--perms", "1777", "--size", str(FOLDER_BYTES), "--tmpfs")
 
 
 def confining_command() -> list[str]:
-    """Return the command that confines another, which follows it; raise a MachineError if
-    bubblewrap is missing.
+    """Return the command that confines the one that follows it.
+
+    Raises a MachineError if bubblewrap is missing.
     """
     bwrap = shutil.which("bwrap") if sys.platform == "linux" else None
     if bwrap is None:

@@ -43,8 +43,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
 def compare_task(
     dense: Results, pruned: Sequence[tuple[tuple[int, ...], Results]], show_flips: int = 0
 ) -> list[TaskResult]:
-    """Compare the results of a task or group on the dense and each pruned model, named by its
-    removals.
+    """Compare a task's or group's results on the dense and each pruned model, by removals.
 
     Each metric gives one comparison, for each filter of a task. Up to `show_flips` items that only
     one model gets right are shown.
@@ -88,7 +87,7 @@ def _compare(
             )
         compared.append(_pruned_scores(measure, dense, results, removals, show_flips))
     tasks = sorted(_tasks_of(dense, measure.task))
-    if not items:  # a group has those of its tasks
+    if not items:  # a group has the items of its tasks
         for task in tasks:
             items += [_hashes(sample) for sample in dense["samples"].get(task, ())]
     shots = {int(dense["n-shot"].get(task, 0) or 0) for task in tasks}

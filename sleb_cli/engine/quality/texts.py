@@ -1,6 +1,4 @@
-"""Perplexity of a text and divergence from the dense model, token by token, for any number of
-sizes.
-"""
+"""Perplexity of a text and divergence from the dense model, token by token, at several sizes."""
 
 from __future__ import annotations
 

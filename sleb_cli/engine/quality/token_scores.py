@@ -1,6 +1,4 @@
-"""Score each token of a text: how well does a model predict it, and how far is it from the dense
-model?
-"""
+"""Score each token of a text: how well a model predicts it, and how far from the dense model."""
 
 from __future__ import annotations
 
@@ -41,8 +39,9 @@ def join_models(parts: Sequence[Sequence[Scores]], dim: int = 0) -> list[Scores]
 
 
 def score_tokens(ids: Tensor, models: Sequence[Logits], positions: int) -> list[Scores]:
-    """Score the dense model, which is first, and others on a batch [batch, positions], a slice of
-    logits at a time.
+    """Score the dense model, which is first, and others on a batch, a slice of logits at a time.
+
+    `ids` are [batch, positions].
     """
     scored = []
     for columns in position_slices(ids, positions):

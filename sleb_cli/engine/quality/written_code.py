@@ -44,8 +44,9 @@ class CodeEval:
         predictions: Sequence[Sequence[str]],
         k: Iterable[int] = (1, 10, 100),
     ) -> tuple[dict[str, float], dict[int, list[bool]]]:
-        """Run each item's programs, each followed by the item's tests; raise a MachineError if that
-        is impossible.
+        """Run each item's programs, each followed by the item's tests.
+
+        Raises a MachineError if that is impossible.
 
         Returns:
             The mean pass@k over the items for each k that all have samples for (Chen et al., arXiv
@@ -80,8 +81,7 @@ def _pass_at(size: int, runs: Sequence[bool]) -> float:
 
 
 def passes(program: str, how: RunCode) -> bool | None:
-    """Run a program; return whether it ends by itself and without an error, or None if it had too
-    little time.
+    """Run a program; return whether it ends without an error, or None if its time ran out.
 
     Raises:
         MachineError: this system cannot run it so.

@@ -1,6 +1,4 @@
-"""Fit a block: change its last weights so that the hidden states behind its gap come close to the
-dense model's.
-"""
+"""Fit a block's last weights: states behind its gap should come near the dense model's."""
 
 from __future__ import annotations
 
@@ -125,8 +123,9 @@ class BlockRegression:
     def solve(
         self, projections: Sequence[ResidualProjection], fitted_before: Mapping[str, Tensor]
     ) -> Solution:
-        """Fit these projections at once, given the block's values so far; choose the ridge on the
-        validation text.
+        """Fit these projections at once, given the block's values so far.
+
+        The ridge is chosen on the validation text.
         """
         values = {**self.values, **fitted_before}
         gains_only = projections[0].kind == "gain"
@@ -221,7 +220,7 @@ class BlockRegression:
         values: Mapping[str, Tensor],
         batch: int,
     ) -> Rows:
-        """Return what a batch adds to the regression of a block."""
+        """Return a batch's rows of the regression of a block."""
         skippable = self.skippable
         root = self._root
         names: list[str] = []
@@ -247,7 +246,7 @@ class BlockRegression:
         return torch.cat(features, dim=1), missing, weights
 
     def _rows_of_norm(self, norm: ResidualProjection, batch: int) -> Rows:
-        """Return what a batch adds to the regression of the final norm."""
+        """Return a batch's rows of the regression of the final norm."""
         device = self._device
         module = self._root.get_submodule(norm.name)
         dense = self.pair.dense[batch].to(device)

@@ -1,5 +1,4 @@
-"""Recovery in closed form: kept blocks take over what the removed blocks added to the hidden
-states.
+"""Recovery in closed form: kept blocks take over what removed blocks added to hidden states.
 
 The dense and the pruned model run side by side, block by block. Behind a gap of removed blocks, the
 pruned model's hidden states differ from the dense model's. A ridge regression finds what the last
@@ -105,8 +104,7 @@ class ClosedForm(Stage):
 
 
 def recover_in_closed_form(job: Job) -> tuple[dict[str, Tensor], ClosedFormRecord]:
-    """Fit the kept blocks to the dense model's hidden states; return new values by the dense
-    model's parameter names.
+    """Fit the kept blocks to the dense model's hidden states; return new values by parameter.
 
     Memory holds the hidden states of one depth, and sums of the size of the fitted weights. If
     blocks are streamed, a fit reads its own block twice, and the blocks behind it once. All tokens
@@ -182,9 +180,7 @@ def _block_before_next_gap(block: int, ends: Mapping[int, int], count: int) -> i
 
 
 class FittedBlocks:
-    """The blocks fitted so far: what was recorded, the values that are kept, and the divergence
-    from the dense model with them.
-    """
+    """The blocks fitted so far: records, new values, and the divergence from the dense model."""
 
     def __init__(self, job: Job, batches: Batches, judge: Judge) -> None:
         self.job = job
@@ -202,8 +198,9 @@ class FittedBlocks:
             self._tensors = dict(tensors)
 
     def refit(self, pair: DepthPair, block: int | None, gap: int = 0) -> bool:
-        """Fit a block to the dense states at the end of its gap (None: the final norm); return
-        whether that gained.
+        """Fit a block to the dense states at the end of its gap; return whether that gained.
+
+        A `block` of None is the final norm.
         """
         require_finite((*pair.dense, *pair.pruned))
         before = self.divergence

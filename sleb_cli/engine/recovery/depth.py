@@ -29,7 +29,7 @@ class DepthPair:
 
 
 class Batches:
-    """The batches of the training text, and then those of the validation text.
+    """The batches of the training text, then of the validation text.
 
     Attributes:
         ids: the tokens of each batch.
@@ -123,8 +123,9 @@ class Judge:
     def divergence(
         self, pruned: Sequence[Tensor], block: int | None, values: Mapping[str, Tensor]
     ) -> float:
-        """Return the divergence with these values, given the pruned model's hidden states that
-        enter `block` (None: the final norm).
+        """Return the divergence with these values, given the pruned states that enter `block`.
+
+        A `block` of None is the final norm.
         """
         skippable = self.batches.skippable
         model = Variant(skippable, self.removed, values)

@@ -41,8 +41,7 @@ def divergence_and_gradient(
 
 
 class Batch(NamedTuple):
-    """Sequences to train on, and the teacher's hidden states: before the first trained block, and
-    final.
+    """Sequences to train on, and the teacher's states before the first trained block, and final.
 
     `ids` are [batch, positions]; `counted` marks those that count as next tokens, bool of the same
     shape.
@@ -61,9 +60,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Distillation:
-    """A student that learns a teacher's predictions from block `first` on; both share the blocks
-    before it.
-    """
+    """A student that learns a teacher's predictions; both share the blocks before `first`."""
 
     teacher: Variant
     student: Variant
@@ -85,9 +82,7 @@ class Distillation:
         return summed_losses(models, states, batch.ids, batch.counted).divergence
 
     def add_gradient(self, batch: Batch, scale: float = 1.0) -> float:
-        """Add `scale` times the mean divergence's gradient to the student's parameters; return that
-        divergence.
-        """
+        """Add `scale` times the gradient of the mean divergence, and return that divergence."""
         ids = batch.ids
         counted = batch.counted[:, 1:]
         states = self.student.final_states(ids, (self.first, batch.entering))
@@ -110,8 +105,9 @@ class Distillation:
 
 
 def learning_rate(peak: float, share: float, steps: int) -> float:
-    """Return the learning rate after `steps`, with `share` of the budget used: a linear warmup,
-    then a cosine to 0.
+    """Return the learning rate after `steps`: a linear warmup, then a cosine to 0.
+
+    `share` of the budget is used.
     """
     # Adam's moments are unreliable in the first steps.
     warmup = (steps + 1) / WARMUP_STEPS

@@ -1,6 +1,4 @@
-"""Turn new values of a model's parameters into tensors of its weight files, which may rename and
-fuse them.
-"""
+"""Turn a model's new values into tensors of its weight files, which may rename and fuse them."""
 
 from __future__ import annotations
 
@@ -26,8 +24,7 @@ def file_tensors(
     values: Mapping[str, Tensor],
     rounded: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Return the changed tensors of the pruned checkpoint by their names there, given values by
-    parameter name.
+    """Return the checkpoint's changed tensors by their names there, given values by parameter.
 
     `rounded` is the data type that the dense model's values were rounded to, if to any.
 

@@ -1,6 +1,4 @@
-"""`sleb apply --heal`: train the kept blocks to predict what the dense model predicts, within a
-budget.
-"""
+"""`sleb apply --heal`: train the kept blocks towards the dense model, within a budget."""
 
 from __future__ import annotations
 
@@ -148,9 +146,7 @@ def _max_trained_numbers(surgery: Surgery) -> int:
 
 
 def _student(job: Job, values: Mapping[str, Tensor]) -> tuple[Any, dict[str, nn.Parameter]]:
-    """Return the pruned model with these values, and the parameters of its blocks, by their names
-    in the dense model.
-    """
+    """Return the pruned model with these values, and its blocks' parameters by dense names."""
     surgery = job.settings.surgery
     path = surgery.architecture.adapter.blocks_path
     model = load_pruned(surgery, job.settings.placement, job.notify, dense=job.dense.model)
@@ -184,9 +180,7 @@ def _first_trained(job: Job, pruned: SkippableModel, values: Mapping[str, Tensor
 
 @torch.inference_mode()
 def can_share(dense: Variant, pruned: Variant, first: int, ids: Tensor) -> bool:
-    """Check that the pruned model, started at block `first` with the dense model's hidden states,
-    computes the same.
-    """
+    """Check that the pruned model computes the same from the dense states before block `first`."""
     # It does not if blocks take more than hidden states from earlier blocks.
     try:
         entering, _ = dense.entering_and_final_states(ids, first)

@@ -27,9 +27,7 @@ def ridge_bytes(features: int, outputs: int) -> int:
 
 @contextmanager
 def bfloat16_products(on: bool) -> Iterator[None]:
-    """Let the CPU round the factors of float32 products to bfloat16, if it has units for that; sums
-    stay float32.
-    """
+    """Let the CPU round factors of float32 products to bfloat16, if it can; sums stay float32."""
     # oneDNN then computes instead of MKL, and decides: it rounds for AMX. For AVX512_BF16 it does
     # not (torch 2.15), but still takes half the time on an AMD EPYC.
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
@@ -43,8 +41,9 @@ def bfloat16_products(on: bool) -> Iterator[None]:
 
 
 class Ridge:
-    """Weighted least squares from features X [rows, features] to targets Y [rows, outputs], from
-    running sums.
+    """Weighted least squares from features X to targets Y, by running sums.
+
+    X is [rows, features], and Y [rows, outputs].
 
     The sums are X'WX (only its upper half), X'WY and Y'WY, in float64, on the CPU if the device has
     no float64. The penalty of a coefficient is `ridge` times its feature's own weighted sum of

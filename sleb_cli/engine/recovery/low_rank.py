@@ -45,9 +45,7 @@ def _scale_of(weight: Tensor) -> float:
 
 @dataclass(frozen=True)
 class _Change:
-    """The change `scale` B A to a weight; A (`down`), B (`up`) and their gradients are views of
-    flat tensors.
-    """
+    """The change `scale` B A to a weight; A (`down`), B (`up`) and gradients view flat tensors."""
 
     scale: float
     weight: nn.Parameter
@@ -68,8 +66,9 @@ class _Change:
 
 
 class LowRank:
-    """Changes B A to some weights, B [..., out, rank] and A [..., rank, in], and the AdamW that
-    moves them, in float32.
+    """Changes B A to some weights, and the AdamW that moves them, in float32.
+
+    B is [..., out, rank], and A [..., rank, in].
 
     The weights themselves hold W + scale * B A, rounded to `stored`: the model's code runs
     unchanged, nothing needs merging, and the measured weights are the written ones. The `originals`

@@ -30,9 +30,7 @@ from sleb_plugins import DataError, ModelError, UnsupportedModelError, UsageErro
 
 @dataclass(frozen=True)
 class Recovered:
-    """New values of kept blocks, by parameter name in the dense model and by name in the pruned
-    checkpoint's files.
-    """
+    """New values of kept blocks, by the dense model's parameters and by the checkpoint's files."""
 
     parameters: Mapping[str, Tensor]
     tensors: Mapping[str, Tensor]

@@ -1,5 +1,4 @@
-"""Find the modules of a block that add to the hidden states, and can take new weights without
-changing the family's code.
+"""Find the modules of a block that add to the hidden states, and can take new weights.
 
 In most families, a block's output is its input plus the output of its last projection. Which module
 that is, and whether there is one, is not looked up by name but tried: noise is added to a module's
@@ -69,8 +68,9 @@ class ResidualProjection:
         return [self.name, self.norm.name]
 
     def features(self, root: nn.Module, entering: Mapping[str, Tensor]) -> Tensor:
-        """Return the factors of the module's weights, float32 [positions, in] (gain: [positions,
-        channels]).
+        """Return the factors of the module's weights, float32 [positions, in].
+
+        For a gain, they are [positions, channels].
 
         Behind a norm, each position is divided by what the norm divides it by, without its gains.
         """
@@ -137,8 +137,9 @@ def captured(
 def find_residual_projections(
     skippable: SkippableModel, call: Call, hidden: Tensor
 ) -> list[ResidualProjection]:
-    """Return the block's residual projections, inexact ones first, given hidden states [batch,
-    positions, hidden size].
+    """Return the block's residual projections, inexact ones first.
+
+    `hidden` is [batch, positions, hidden size].
 
     All are matrices, but if none is exact, an exact gain may come last.
     """
@@ -192,8 +193,9 @@ def _behind_norms(
 
 
 def final_norm(skippable: SkippableModel, hidden: Tensor, ids: Tensor) -> list[ResidualProjection]:
-    """Return the norm, if any, that reads `hidden`, the last block's output [batch, positions,
-    hidden size].
+    """Return the norm, if any, that reads `hidden`, the last block's output.
+
+    `hidden` is [batch, positions, hidden size].
     """
     hidden = hidden[:1, :FEW_POSITIONS]  # the logits of a batch may take gigabytes
     ids = ids[:1, :FEW_POSITIONS]
@@ -212,7 +214,7 @@ def _that_add(
     hidden: Tensor,
     possible: Sequence[ResidualProjection],
 ) -> list[ResidualProjection]:
-    """Return those of these modules whose output reaches the block's, times a constant."""
+    """Return the modules whose output reaches the block's, times a constant."""
     block = skippable.switches[call.block].block
     plain = skippable.run_block(call, hidden).float()
     generator = torch.Generator().manual_seed(0)
@@ -242,8 +244,9 @@ def _that_add(
 def _run_with_noise(
     skippable: SkippableModel, call: Call, hidden: Tensor, name: str, noise: Tensor
 ) -> Tensor | None:
-    """Run a block with noise added to the output of a module, or return None unless the module
-    runs once and returns as many numbers.
+    """Run a block with noise added to the output of a module.
+
+    Returns None unless the module runs once and returns as many numbers.
     """
     fits: list[bool] = []
 

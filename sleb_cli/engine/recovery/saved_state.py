@@ -119,7 +119,7 @@ class SavedState:
         return record
 
     def save(self, stage: str, record: BaseModel, tensors: Mapping[str, Tensor]) -> None:
-        """Write a stage's record and tensors to the file, beside those of other stages."""
+        """Write a stage's record and tensors to the file, beside other stages'."""
         self._watch.require_unchanged()
         self._records[stage] = record.model_dump_json()
         self._tensors[stage] = tensors
@@ -141,9 +141,7 @@ class SavedState:
 
 
 def begun_dtype(output: Path, stored: str) -> str | None:
-    """Return the data type in which an unfinished recovery to `stored` values computes, if there
-    is just one.
-    """
+    """Return the data type of an unfinished recovery to `stored` values, if there is just one."""
     dtypes: set[str] = set()
     for file in _files_of(output):
         match = _FILE_NAME.fullmatch(file.name)

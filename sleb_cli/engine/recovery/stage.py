@@ -59,7 +59,7 @@ class Job:
         dense: the dense model, as an entered context; a stage leaves its parameters as they were.
         train: the text to fit to.
         validation: the text that decides, and is never fitted to.
-        state: where a stage keeps its values, and finds those of an interrupted run.
+        state: where a stage keeps its values, and finds an interrupted run's.
     """
 
     settings: RecoverySettings
@@ -97,7 +97,7 @@ class Stage(ABC):
     def run(self, job: Job, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
         """Return new values by parameter name in the dense model, and the record of the stage.
 
-        `values` are those of earlier stages, and are among the new ones.
+        `values` come from earlier stages, and are among the new ones.
         """
 
     @abstractmethod

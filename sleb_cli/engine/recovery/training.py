@@ -1,6 +1,4 @@
-"""Train a pruned model until its budget is used, or until it stops improving on the validation
-text.
-"""
+"""Train a pruned model until its budget is used, or the validation text improves no more."""
 
 from __future__ import annotations
 
@@ -176,7 +174,7 @@ class Training:
         """Add the gradient of the mean divergence, `size` sequences at once; return the mean."""
         if size < self.micro_batch:
             self.micro_batch = size
-            self.weights.take_gradient()  # drops those of pieces before memory ran out
+            self.weights.take_gradient()  # drops gradients of pieces before memory ran out
         total = 0.0
         for tensors in zip(*(torch.split(tensor, size) for tensor in batch), strict=True):
             piece = Batch(*tensors)

@@ -1,6 +1,4 @@
-"""The text of a training, which lasts until its time is up: an endless stream of sequences, in
-portions of one size.
-"""
+"""The text of a training: an endless stream of sequences, in portions of one size."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""A model in one of its forms (dense, pruned, recovered): its loss, and its divergence from the
-dense model.
-"""
+"""A model's loss and divergence from the dense model: dense, pruned or recovered."""
 
 from __future__ import annotations
 

@@ -51,9 +51,7 @@ def require_sound(search: Search, inputs: SearchInputs, passes: Passes, journal:
 
 @torch.inference_mode()
 def _find_bad_sequences(passes: Passes) -> list[tuple[int, str]]:
-    """Return the rows whose hidden states or loss are not finite in the dense model, and where that
-    begins.
-    """
+    """Return the rows whose dense states or loss are not finite, and where that begins."""
     blocks = range(len(passes.skippable.switches))
     finite = passes.score_states(passes.numbers, (), blocks, _finite_sides)
     bad = []

@@ -1,6 +1,4 @@
-"""The scores and the choice of each step (Song et al., ICML 2024, Algorithm 1), independent of any
-model.
-"""
+"""The scores and the choice of each step (Song et al., ICML 2024, Algorithm 1), without a model."""
 
 from __future__ import annotations
 
@@ -17,18 +15,14 @@ class NoBlockLeft(UnsupportedModelError):
 
 
 class NoFiniteScore(ModelError):
-    """Without any one of the candidates, such as the last of `removals`, the score is NaN or
-    infinite.
-    """
+    """Without any one candidate, such as the last of `removals`, the score is not finite."""
 
     removals: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The score of each candidate of a step, or of each survivor of a race; infinite if it is not a
-    finite number.
-    """
+    """The scores of a step's candidates, or of a race's survivors; infinite if not finite."""
 
     scores: Mapping[int, float]
     race: RaceRecord | None = None

@@ -1,5 +1,4 @@
-"""`sleb search --unit experts`: one walk counts how texts use the experts, another measures the
-model without some.
+"""`sleb search --unit experts`: one walk counts the use of experts, another measures the cut model.
 
 No subsets are searched: a sum over a text finds about the experts that an exact search on this text
 finds.
@@ -134,9 +133,7 @@ def _prepare(
 
 @dataclass
 class _ExpertScoring:
-    """Measures losses and the use of experts, batch by batch; processes share the work, and the
-    journal.
-    """
+    """Measures losses and the use of experts by batch; processes share work and journal."""
 
     architecture: Architecture
     experts: Experts
@@ -299,8 +296,9 @@ def sum_expert_use(routing: Routing, count: int) -> Sums:
 
 
 def rank_by_group(scores: Sequence[float], groups: int) -> tuple[int, ...]:
-    """Rank the experts, the lowest score first and ties by number, taking one from each group in
-    turn.
+    """Rank the experts, the lowest score first, taking one from each group in turn.
+
+    Ties go by number.
 
     So any number of whole turns removes equally many of each group.
     """

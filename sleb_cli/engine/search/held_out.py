@@ -55,8 +55,7 @@ def overfitting_note(steps: Sequence[Step]) -> str | None:
 def overfitting_test(
     searched: Sequence[float], held_out: Sequence[float], tail: float
 ) -> tuple[float, float, bool]:
-    """Return the generalization gap, its standard error, and whether it is larger than chance
-    explains.
+    """Return the generalization gap, its standard error, and whether it is more than chance.
 
     `searched` and `held_out` are increases of each sequence's loss over the dense model's, in nats
     per token, so that its difficulty cancels out. If the search favoured neither part, both would

@@ -1,5 +1,4 @@
-"""The journal of a search: every score as it is measured, so that an interrupted search loses
-nothing.
+"""The journal of a search: every score as it is measured, so an interruption loses nothing.
 
 It is a file next to the plan. Each line is a JSON document; the first identifies the search, the
 others hold one measurement each. Lines are only appended, so whatever stops the program, earlier
@@ -111,9 +110,7 @@ class Journal:
         block: int | None = None,
         batch: int | None = None,
     ) -> None:
-        """Record a measurement; a score that is not finite is null in the file, and infinite when
-        it is read.
-        """
+        """Record a measurement; if not finite, it is null in the file and infinite when read."""
         self._new.append(((tuple(removed), block, batch), list(scores)))
         self._record(scores, removed, block, batch)
 

@@ -41,8 +41,7 @@ def measure_dense(scoring: Scoring, name: str) -> DenseRecord:
 def measure_held_out(
     scoring: Scoring, removed: tuple[int, ...], opening: str, comparisons: int = 1
 ) -> HeldOutRecord | None:
-    """Measure the loss on the held-out sequences, and whether a pruned model overfits the searched
-    ones.
+    """Measure the loss on held-out sequences, and whether the pruned model overfits.
 
     If there is none, the chance that any of so many `comparisons` finds overfitting is
     `MAX_ERROR_RATE`.
@@ -67,8 +66,9 @@ def _increases(dense: Sequence[float], pruned: Sequence[float]) -> list[float]:
 
 
 def perplexity(scoring: Scoring, loss: float, opening: str) -> float:
-    """Return the perplexity; if it is not finite, raise a ModelError that begins with `opening`
-    ("Without block 5").
+    """Return the perplexity, or raise a ModelError if it is not finite.
+
+    Its message begins with `opening` ("Without block 5").
     """
     if not loss < MAX_LOSS:
         dtype = scoring.passes.skippable.model.dtype

@@ -70,9 +70,7 @@ class _Estimate:
 
 @dataclass
 class Race:
-    """The race of a step's candidates, in the order of the blocks; `before` is the race of the step
-    before.
-    """
+    """The race of a step's candidates, in order of blocks; `before` is the previous step's."""
 
     candidates: Sequence[int]
     sequences: int
@@ -98,16 +96,12 @@ class Race:
 
     @property
     def evaluations(self) -> int:
-        """The evaluations of a candidate on a sequence that this step takes if no other candidate
-        drops out.
-        """
+        """The evaluations of a candidate on a sequence in this step if no other drops out."""
         saw = sum(drop.sequences for drop in self.dropped.values())
         return len(self.contenders) * self.sequences + saw
 
     def drop_beaten(self, scores: Mapping[int, Sequence[float]]) -> None:
-        """Drop each contender that is too far behind; `scores` has all scores so far, in the order
-        of the sequences.
-        """
+        """Drop contenders that are too far behind by all `scores` so far, in order of sequences."""
         # Differences must be numbers.
         blocks = [block for block in self.contenders if fmean(scores[block]) < math.inf]
         seen = len(scores[blocks[0]]) if blocks else 0
@@ -185,9 +179,7 @@ class Race:
 
 
 def look_schedule(sequences: int) -> list[int]:
-    """Return the numbers of sequences after which candidates may drop out: each time a quarter
-    more.
-    """
+    """Return after how many sequences candidates may drop out: each time a quarter more."""
     looks = []
     look = float(FIRST_LOOK)
     while look < LAST_LOOK * sequences:
@@ -224,9 +216,7 @@ def rounds(batches: Sequence[int], *, few: bool = False) -> list[range]:
 
 
 def expected_improvement(behind: float, error: float) -> float:
-    """Return the expectation of how far a candidate is ahead of the leader, counting 0 where it is
-    behind.
-    """
+    """Return the expected lead of a candidate over the leader, 0 where it is behind."""
     if not error:
         return max(0.0, -behind)
     z = behind / error

@@ -12,9 +12,7 @@ from sleb_cli.units import plural
 
 
 class Removable:
-    """The candidates of each step, each tried on the model without weights, so that `apply` can
-    remove it.
-    """
+    """The candidates of each step; each is tried without weights, so `apply` can remove it."""
 
     def __init__(self, architecture: Architecture, protection: Protection, notify: Notify) -> None:
         self.architecture = architecture
@@ -23,9 +21,7 @@ class Removable:
         self._known: dict[tuple[int, ...], list[int]] = {}
 
     def candidates(self, removed: Sequence[int]) -> list[int]:
-        """Return the blocks that may be removed after `removed`, in order; raise NoBlockLeft if
-        there is none.
-        """
+        """Return the removable blocks after `removed`, in order; raise NoBlockLeft if none."""
         gone = tuple(sorted(removed))
         if gone not in self._known:
             self._known[gone] = self._try(removed)

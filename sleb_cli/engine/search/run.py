@@ -1,6 +1,4 @@
-"""`sleb search`: load a model and its text, remove block after block, and record the choices in a
-plan.
-"""
+"""`sleb search`: load a model and its text, remove block after block, and record a plan."""
 
 from __future__ import annotations
 
@@ -47,8 +45,7 @@ from sleb_plugins import HiddenStateMetric, LogitMetric, PluginError, UsageError
 
 
 def find_removals(search: Search, group: ProcessGroup, notify: Notify) -> Plan:
-    """Search for the blocks or experts that the model can best do without, alone or with other
-    processes.
+    """Search for the blocks or experts that the model can best do without.
 
     A journal next to the plan's file keeps measurements; delete it once the plan is written.
     """

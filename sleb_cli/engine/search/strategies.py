@@ -52,8 +52,7 @@ class Problem:
 
 
 def greedy(problem: Problem) -> Iterator[Choice]:
-    """Repeatedly remove the block whose removal scores lowest (SLEB, Song et al., ICML 2024,
-    Algorithm 1).
+    """Remove the lowest-scoring block again and again (Song et al., ICML 2024, Algorithm 1).
 
     Ties go to the lower block, so two runs write the same plan. A score that is not finite is worse
     than any other.
@@ -167,9 +166,7 @@ def _without(removals: tuple[int, ...], *blocks: int) -> tuple[int, ...]:
 
 
 def free_spans(candidates: Candidates, size: int) -> list[tuple[int, ...]]:
-    """Return the spans of `size` consecutive blocks that may be removed; raise a UsageError if
-    there is none.
-    """
+    """Return the removable spans of `size` blocks; raise a UsageError if there is none."""
     free = candidates(())
     spans = []
     for first in free:

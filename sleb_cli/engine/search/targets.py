@@ -1,6 +1,4 @@
-"""The targets of a search: it ends once the model is small enough, or before its perplexity rises
-too far.
-"""
+"""The targets that end a search: a model small enough, or a perplexity about to rise too far."""
 
 from __future__ import annotations
 
@@ -45,8 +43,7 @@ class SizeTarget:
         return self._fits(self.sizes.without(removed))
 
     def removals(self, candidates: Sequence[int], removed: Collection[int] = ()) -> int:
-        """Return the number of removals, `removed` included, that meets the target whichever
-        candidates are removed.
+        """Return how many removals meet the target whichever candidates go, `removed` included.
 
         Raises:
             UsageError: the target is already met, or cannot be met.
@@ -79,9 +76,7 @@ class SizeTarget:
     def record(
         self, removed: Collection[int], increase: float, following: float | None
     ) -> TargetRecord | None:
-        """Record the size reached without these blocks; None if the user named a number or ratio of
-        blocks.
-        """
+        """Record the size reached without these blocks; None for a number or ratio of blocks."""
         if self.name in ("ratio", "remove"):
             return None
         return TargetRecord(
@@ -98,9 +93,7 @@ class SizeTarget:
 
 @dataclass(frozen=True)
 class PerplexityTarget:
-    """Stop before the removal that raises the calibration text's perplexity over `limit` times the
-    dense model's.
-    """
+    """Stop before the calibration text's perplexity exceeds `limit` times the dense model's."""
 
     limit: float
     name: TargetName = "max_perplexity_ratio"
@@ -116,9 +109,7 @@ class PerplexityTarget:
     def record(
         self, removed: Collection[int], increase: float, following: float | None
     ) -> TargetRecord:
-        """Record the ratio reached, and the next removal's, from increases of the loss in nats per
-        token.
-        """
+        """Record the ratio reached, and the next removal's, from rises in nats per token."""
         beyond = None
         if following is not None:
             beyond = perplexity_ratio(following)

@@ -34,8 +34,7 @@ from sleb_plugins import Engine, EngineSettings
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The job of `sleb bench`: to time each workload on the dense model and on each size of the
-    pruned one.
+    """The job of `sleb bench`: time each workload on the dense model and on each size.
 
     An `engine` reads `engine_source`, the model's own file or folder; without one, transformers
     runs the models. `threads` is None for torch's own number. `plugins` has the versions of other
@@ -81,9 +80,7 @@ class _Timings:
 
 
 def benchmark(job: Benchmark, notify: Notify, write_files: WriteFiles | None = None) -> BenchResult:
-    """Time each workload on the dense model and on each size of the pruned one; an engine reads
-    written files.
-    """
+    """Time each workload on the dense model and each size; engines read written files."""
     with ExitStack() as restored:
         restored.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(job.threads or torch.get_num_threads())

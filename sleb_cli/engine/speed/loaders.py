@@ -53,9 +53,7 @@ The dense one comes first, and is passed for the others.
 def load_with_transformers(
     placement: Placement, notify: Notify, surgery: Surgery, dense: TimedModel | None
 ) -> Iterator[TimedModel]:
-    """Load a model with transformers; a pruned one shares the dense one's weights, unless they are
-    quantized.
-    """
+    """Load a model with transformers; pruned ones share its weights unless quantized."""
     if dense:
         model = load_pruned(surgery, placement, notify, dense=dense.model)
     else:

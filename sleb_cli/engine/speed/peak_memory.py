@@ -35,8 +35,7 @@ SAMPLE_SECONDS = 0.002
 def measure_alone(
     surgery: Surgery, placement: Placement, workloads: Sequence[Workload], notify: Notify
 ) -> tuple[float | None, list[MemoryRecord | None]]:
-    """Load a model in a process of its own, and run each workload once; return the seconds and
-    memory records.
+    """Load a model in a process of its own and run each workload; return seconds and memory.
 
     All are None if the process runs out of memory; a record also is if the accelerator does not
     report its peak (MPS).

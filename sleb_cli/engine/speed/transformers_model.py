@@ -32,9 +32,7 @@ _NOT_COMPILED = error_saying(
 
 @contextmanager
 def prepared(model: Any, workload: Workload) -> Iterator[TransformersModel]:
-    """Let a model run a workload as transformers loads it, compiled anew if the workload asks for
-    it.
-    """
+    """Let a model run a workload as transformers loads it, compiled if the workload asks."""
     with with_requires_grad(model), ExitStack() as stack:
         if workload.compiled:
             torch._dynamo.reset()
@@ -65,9 +63,7 @@ class TransformersModel:
         return TimedRun(seconds, tuple(at - start for at in arrivals))
 
     def run_for_cache(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
-        """Run the prompts untimed, and return the bytes of the KV cache at its largest; 0 if there
-        is none.
-        """
+        """Return the bytes of the KV cache at its largest in an untimed run; 0 without one."""
         ids = torch.tensor(prompts, device=self._model.device)
         output = self._run(ids, new_tokens, return_dict_in_generate=True)
         if not new_tokens:

@@ -1,3 +1,1 @@
-"""The model after its cuts: which tensors and settings remain, and the model that they make in
-memory.
-"""
+"""The model after its cuts: its tensors and settings, and the model in memory."""

@@ -57,9 +57,7 @@ class Subject:
 
 
 def require_same_code(path: Path, plan: Plan, source: ModelSource) -> None:
-    """Check that a model's own Python code is the code of the plan, which grants trust to nothing
-    else.
-    """
+    """Check that a model's own Python code is the plan's, which grants trust to nothing else."""
     planned = plan.made_for.code
     current = source.code
     if planned == current:

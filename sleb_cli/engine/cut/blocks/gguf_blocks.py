@@ -26,9 +26,7 @@ class GgufBlockCut(GgufCut):
         return plan_blocks(architecture, self.removals)
 
     def header(self, file: GgufFile) -> GgufFile:
-        """Return the header of the file without these blocks; blocks for multi-token prediction
-        stay.
-        """
+        """Return the header without these blocks; blocks for multi-token prediction stay."""
         count = stored_block_count(file)
         kept = kept_blocks(count, self.removals)
         names = BlockNames("blk", BlockNumbering("blk."), kept)

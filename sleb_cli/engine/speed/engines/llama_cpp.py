@@ -75,9 +75,7 @@ class _LoadedGguf(LoadedModel):
         self._vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> TimedRun:
-        """Process the prompts as llama-bench does, in batches of up to 2,048 tokens, then decode
-        token by token.
-        """
+        """Process the prompts as llama-bench does, in batches up to 2,048 tokens, then decode."""
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
         entries = []
         for sequence, prompt in enumerate(prompts):
@@ -108,9 +106,7 @@ class _LoadedGguf(LoadedModel):
         return TimedRun(arrivals[-1], tuple(arrivals) if new_tokens else ())
 
     def _decode(self, batch: Any, entries: Sequence[_Entry]) -> list[int]:
-        """Run one batch, and return the likeliest next token of each sequence whose last token is
-        in it.
-        """
+        """Run a batch; return the likeliest next token of each sequence that ends in it."""
         import numpy as np
 
         llama = self._llama

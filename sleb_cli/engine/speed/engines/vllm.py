@@ -44,9 +44,7 @@ class Vllm(PackagedEngine):
             return _LoadedCheckpoint(self, vllm, model, settings)
 
     def imported(self) -> Any:
-        """Return the module, which reads from the environment what it logs and whether it reports
-        its use.
-        """
+        """Import vLLM with an environment in which it logs only errors and reports no use."""
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         return super().imported()
