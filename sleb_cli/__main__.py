@@ -27,9 +27,7 @@ UNREACHABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `sleb` and return its exit code; any error but a `SlebError` is a bug and keeps its
-    traceback.
-    """
+    """Run `sleb` and return its exit code; only a `SlebError` is caught, the rest are bugs."""
     from sleb_cli.app import app
     from sleb_cli.ui import console
 
@@ -102,9 +100,7 @@ def _report(error: SlebError) -> int:
 
 
 def run() -> None:
-    """Run as the program `sleb`: signals clean up like Ctrl-C, and work goes on after a pipe is
-    closed.
-    """
+    """Run as the program `sleb`: signals clean up like Ctrl-C, and work survives a closed pipe."""
     from sleb_cli.ui.console import Outlet, is_utf8
 
     codes: list[int] = []
@@ -153,8 +149,9 @@ def _handle_signals() -> None:
 
 
 def _end(number: int, frame: Any) -> None:
-    """End with a clean-up that only a second Ctrl-C interrupts; the next run removes what that
-    leaves.
+    """End with a clean-up that only a second Ctrl-C interrupts.
+
+    The next run removes what that leaves.
     """
     # Of several processes, each gets two: from the terminal and from the launcher.
     at_once = number == signal.SIGINT and process_count() == 1

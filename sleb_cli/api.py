@@ -230,9 +230,7 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
 
 
 def _results_folder(subject: Subject) -> Path | None:
-    """Return where results are kept: next to their plan, or in the measured checkpoint if sleb
-    wrote it.
-    """
+    """Return where results are kept: next to their plan, or in a checkpoint that sleb wrote."""
     from sleb_cli.plan import CHECKPOINT_PLAN
     from sleb_cli.saved_results import CHECKPOINT_RESULTS, results_folder
 
@@ -264,8 +262,7 @@ def _prepared(
     *,
     alone: bool = False,
 ) -> Iterator[_Prepared[Checked, Files]]:
-    """Check a request and find its files before torch is imported, and let the processes work
-    together.
+    """Check a request and find its files before torch is imported; join the processes.
 
     They end together if one fails. After the body, or with `alone` from the start, only the main
     process goes on.

@@ -35,8 +35,9 @@ _REASONS = {
 
 @contextmanager
 def writing(path: Path, *, hint: str = "") -> Iterator[None]:
-    """Turn errors of the file system into an `OutputError` that names `path`; `hint` replaces the
-    usual hint.
+    """Turn errors of the file system into an `OutputError` that names `path`.
+
+    `hint` replaces the usual hint.
     """
     try:
         yield
@@ -52,8 +53,9 @@ def writing(path: Path, *, hint: str = "") -> Iterator[None]:
 
 
 def require_new_file(path: Path, *, force: bool) -> None:
-    """Check, before hours of work, that `path` can be written and overwrites nothing unless `force`
-    is set.
+    """Check, before hours of work, that `path` can be written and overwrites nothing.
+
+    With `force` it may overwrite a file.
     """
     with writing(path):
         if path.is_dir():
@@ -179,8 +181,7 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path, further: str = "") -> None:
-    """Delete what killed processes left of a file or folder, and put back what they were about to
-    replace.
+    """Delete what killed processes left of a file or folder, and restore what they replaced.
 
     `further` is a pattern for the rest of the name.
     """
@@ -193,8 +194,7 @@ def remove_leftovers(path: Path, further: str = "") -> None:
 
 @contextmanager
 def lock_folder(path: Path, *, patience: float | None = None) -> Iterator[Path]:
-    """Yield an empty hidden folder next to `path` that no other process uses, and delete it at the
-    end.
+    """Yield an empty hidden folder next to `path` that no other process uses; delete it after.
 
     Args:
         path: the file or folder that is about to be written.

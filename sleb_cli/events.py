@@ -56,9 +56,7 @@ class TaskFinished(Event):
 
 @dataclass(frozen=True)
 class HealChecked(Event):
-    """The divergence from the dense model in the last step and on validation text; `share` of the
-    budget is used.
-    """
+    """The divergence in the last step and on validation text; `share` of the budget is used."""
 
     share: float
     divergence: float
@@ -67,9 +65,7 @@ class HealChecked(Event):
 
 @dataclass(frozen=True)
 class SearchStarted(Event):
-    """A search of up to `remove` of the model's `blocks` starts, with `done` of them already
-    removed.
-    """
+    """A search of up to `remove` of the model's `blocks` starts, with `done` already removed."""
 
     blocks: int
     remove: int

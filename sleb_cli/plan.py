@@ -276,7 +276,7 @@ class HealRecord(Record):
     generating the text.
 
     Training changes each matrix by one of `rank`, or of half the matrix's own rank if that is
-    lower. `losses` are those of the best point, kept after `kept_tokens`; `stopped` says what ended
+    lower. `losses` are of the best point, kept after `kept_tokens`; `stopped` says what ended
     the training.
     """
 

@@ -144,9 +144,7 @@ class Registry:
         return _other_packages(self.offers)
 
     def behind(self, **names: str | None) -> dict[str, str]:
-        """Return the versions of the packages that offer these, by kind: family="acme",
-        engine="steady".
-        """
+        """Return the versions of the packages behind these: family="acme", engine="steady"."""
         return _other_packages(o for o in self.offers if names.get(o.kind) == o.name)
 
     @property

@@ -1,6 +1,4 @@
-"""Results of `eval` and `bench` that are kept: a file for each text, task or workload, named by its
-key.
-"""
+"""Kept results of `eval` and `bench`: a file per text, task or workload, named by its key."""
 
 from pathlib import Path
 from typing import TypeVar

@@ -30,9 +30,7 @@ def parse_count(text: str, option: str) -> float:
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """Read "5GB", "500 MB" (powers of ten), "8GiB", "8Gi" (powers of two) or a plain number of
-    bytes.
-    """
+    """Read "5GB", "500 MB" (powers of ten), "8GiB", "8Gi" (powers of two) or plain bytes."""
     count = 0.0
     match = _BYTES.fullmatch(text.strip().lower())
     if match:

@@ -24,9 +24,7 @@ _OPTION = re.compile(r"(?<![\w-])(?:--(\w[\w-]*)|-o\b)")
 
 
 def without_secrets(text: str) -> str:
-    """Return a text without tokens, passwords in addresses, and signatures, which messages of
-    libraries may hold.
-    """
+    """Return a text without tokens, signatures, and passwords in addresses."""
     for name in _TOKENS:
         token = os.environ.get(name, "").strip()
         if len(token) >= 8:
@@ -37,16 +35,14 @@ def without_secrets(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return an exception's message on one line, without secrets or full stop; a single word
-    follows its class.
-    """
+    """Return an exception's message on one line, without secrets; one word follows its class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     words = without_secrets(" ".join(lines[:2]).rstrip("."))
     return words if " " in words else f"{type(error).__name__} {words}".strip()
 
 
 def in_python(text: str) -> str:
-    """Name options as the arguments of a request, but for those of a command in backticks."""
+    """Name options as the arguments of a request, except within a command in backticks."""
     parts = text.split("`")
     parts[::2] = [
         _OPTION.sub(lambda match: (match[1] or "output").replace("-", "_"), prose)

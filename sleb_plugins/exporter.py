@@ -82,4 +82,4 @@ class Exporter(ABC):
 
     @abstractmethod
     def export(self, pruning: Pruning) -> str:
-        """Return what the other tool or the reader gets, ending in a newline."""
+        """Return the text for the other tool or the reader, ending in a newline."""

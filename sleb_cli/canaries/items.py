@@ -1,6 +1,4 @@
-"""Items and graders of the canaries; they are drawn by a fixed seed and need neither data set nor
-network.
-"""
+"""Items and graders of the canaries, drawn by a fixed seed without data set or network."""
 
 import json
 import random
@@ -230,9 +228,7 @@ def _is_json(asked: str, answer: str) -> bool:
 
 
 class Instruction(NamedTuple):
-    """What is asked about a `topic`, how the part `asked` is drawn, and whether an answer is as
-    asked.
-    """
+    """An instruction about a `topic`, how its detail `asked` is drawn, and how it is graded."""
 
     text: str
     draw: Callable[[random.Random], str]

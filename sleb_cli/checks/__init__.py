@@ -1,3 +1,1 @@
-"""The first leaf of the door: requests are checked and completed as far as that goes without the
-model, or torch.
-"""
+"""The first leaf of the door: what can be checked without the model or torch."""

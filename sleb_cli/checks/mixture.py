@@ -12,8 +12,7 @@ from sleb_plugins import UsageError
 
 
 def parse_mixture(text: str) -> dict[str, Fraction]:
-    """Parse "wikitext2:0.5,c4:0.5" or one source without a share; return each source's share of the
-    sequences.
+    """Parse "wikitext2:0.5,c4:0.5", or one source alone, into each source's share of sequences.
 
     A local file of exactly this name takes precedence.
 
@@ -58,8 +57,7 @@ def _parse_entry(text: str) -> tuple[str, Fraction | None]:
 
 
 def divide(count: int, shares: Sequence[Fraction]) -> list[int]:
-    """Divide `count` into whole numbers by shares that sum to 1, rounding up the largest
-    remainders.
+    """Divide `count` into whole numbers by shares that sum to 1, rounding up large remainders.
 
     Ties go to the earlier share.
     """

@@ -1,6 +1,4 @@
-"""What `apply`, `eval`, `bench` and `export` work on, as the user named it: a plan, or a model and
-its blocks.
-"""
+"""The subject of `apply`, `eval`, `bench` and `export`: a plan, or a model and its blocks."""
 
 from dataclasses import dataclass, replace
 from os import fspath

@@ -156,8 +156,7 @@ def check_bench(request: BenchRequest, registry: Registry) -> tuple[NamedSubject
 
 
 def points_of(request: BenchRequest) -> list[BenchRequest]:
-    """Return a request for each combination of the sweep's values; without a sweep, the request
-    itself.
+    """Return a request for each combination of the sweep's values; just this one without a sweep.
 
     Raises:
         UsageError: the sweep is unreadable, or sets what another option sets.
@@ -189,8 +188,9 @@ def points_of(request: BenchRequest) -> list[BenchRequest]:
 
 
 def check_export(request: ExportRequest, registry: Registry) -> tuple[list[NamedSubject], Exporter]:
-    """Check a request; return what it names, and the format. A format that needs no model gets no
-    more than plans.
+    """Check a request; return what it names, and the format.
+
+    A format that needs no model gets only plans.
 
     Raises:
         UsageError: the format does not use the given source file, or describes only plans or only

@@ -1,4 +1,4 @@
-"""`--config`: the options of a command from a YAML file, or those of a search from its plan."""
+"""`--config`: the options of a command from a YAML file, or of a search from its plan."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,9 +59,7 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def _options(context: typer.Context) -> dict[str, Any]:
-    """Return the parameters that a file may hold, by the names of their fields and options without
-    dashes.
-    """
+    """Return the parameters that a file may hold, by field and by option without dashes."""
     parameters = {}
     for parameter in context.command.params:
         if parameter.name not in _OF_A_RUN:
@@ -71,9 +69,7 @@ def _options(context: typer.Context) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, str | list[str]]:
-    """Read names and values as text, to be read as if they were typed: in YAML, `yes` is true and
-    010 is 8.
-    """
+    """Read names and values as if they were typed: in YAML, `yes` is true and 010 is 8."""
     import yaml
 
     from sleb_cli.records import UnreadableRecord, read_text

@@ -36,9 +36,7 @@ class How:
 def options_from(
     request_type: type[Any],
 ) -> Callable[[Callable[[Any, How], None]], Callable[..., None]]:
-    """Let a command take the fields of `request_type` as arguments and options, and hand it the
-    request.
-    """
+    """Let a command take the fields of `request_type` as options, and hand it the request."""
     annotations = get_type_hints(request_type)
     options = [_Option(field, annotations[field.name]) for field in fields(request_type)]
 
@@ -59,9 +57,7 @@ def options_from(
 
 
 def _signature(options: Iterable[_Option]) -> list[inspect.Parameter]:
-    """List what Typer passes to a command: the context, arguments, options, and the fields of
-    `How`.
-    """
+    """List what Typer passes to a command: context, arguments, options, and the fields of `How`."""
     parameters = [_keyword("context", typer.Context)]
     for option in sorted(options, key=lambda option: not option.doc.argument):
         parameters.append(option.parameter)
@@ -179,7 +175,7 @@ def _range(text: str) -> Iterable[int]:
     if not (first.isdecimal() and dash):
         return [int(text)]
     numbers = range(int(first), int(last) + 1)
-    # `len` cannot count numbers beyond those of an index.
+    # `len` cannot count numbers beyond an index.
     if not 0 < numbers.stop - numbers.start <= MAX_RANGE:
         raise ValueError(text)
     return numbers

@@ -101,9 +101,7 @@ class Findings:
         return scored_tasks
 
     def retention(self, removals: SizeKey) -> Estimate | None:
-        """Return the mean accuracy as a share of the dense model's; None if a task was not measured
-        at this size.
-        """
+        """Return the mean accuracy as a share of the dense one; None if a task lacks this size."""
         return retention([task for task, _ in self.accuracy_tasks], removals)
 
     @property
@@ -156,7 +154,7 @@ class Findings:
 
 
 def _unlike_a_headline(timed: tuple[WorkloadResult, PrunedTiming]) -> tuple[bool, int]:
-    """Sort workloads: first those with an interval, then those of the most tokens.
+    """Sort workloads: first with an interval, then by the most tokens.
 
     A small workload mostly measures the overhead around the blocks.
     """

@@ -116,9 +116,7 @@ def task_name(task: TaskResult) -> str:
 
 
 def task_names(tasks: Sequence[TaskResult]) -> list[str]:
-    """Name each task, with its number of items, or their hash, if it was run on several sets of
-    them.
-    """
+    """Name each task, with its number of items, or their hash if it was run on several sets."""
     items = []
     hashes = []
     for task in tasks:
@@ -264,9 +262,7 @@ def by_use(tasks: Iterable[TaskResult]) -> dict[str, list[TaskResult]]:
 
 
 def retention(tasks: Sequence[TaskResult], removals: SizeKey) -> Estimate | None:
-    """Return the mean score as a share of the dense model's; None if a task was not measured at
-    this size.
-    """
+    """Return the mean score as a share of the dense model's; None if a task lacks this size."""
     dense = 0.0
     differences = []
     half_widths = []

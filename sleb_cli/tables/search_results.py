@@ -27,9 +27,7 @@ def search(plan: Plan) -> Table:
 
 
 def _steps(plan: Plan) -> Table:
-    """List the perplexity of the dense model and after each step, also on held-out sequences, if
-    any.
-    """
+    """List the perplexity, dense and after each step, also on held-out sequences."""
     metric = plan.search.metric
     block: Column = ("block", "{}".format) if plan.nested else ("blocks", str)
     columns: list[Column] = [
@@ -91,9 +89,7 @@ def _summarize(plan: Plan) -> str:
 
 
 def _parts(plan: Plan, experts: ExpertPlan) -> Table:
-    """List the perplexity of each text with and without the parts that go, and how much it uses
-    them.
-    """
+    """List each text's perplexity with and without the parts that go, and its use of them."""
     columns: list[Column] = [
         ("text", str),
         ("dense", format_perplexity),
@@ -175,9 +171,7 @@ def removed_kinds(plan: Plan) -> dict[int, str]:
 
 
 def block_strip(blocks: int, removed: Mapping[int, str], width: int) -> list[str]:
-    """Draw the blocks in order above a ruler: a bar for each remaining block, a mark for each
-    removed one.
-    """
+    """Draw the blocks above a ruler: a bar for each that stays, a mark for each removed one."""
     legend = "  █ kept"
     marks: dict[str, str] = {}
     for number, kind in enumerate(sorted(set(removed.values()))):

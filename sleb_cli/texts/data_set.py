@@ -230,7 +230,7 @@ def read_documents(
 def read_column(
     rows: Any, column: Column, split: TextSplit = WHOLE, shuffle_seed: int | None = None
 ) -> Iterator[Any]:
-    """Return what stands in the column, in the order of the rows or in that of a seed."""
+    """Return the values of the column in order, or in the order of a seed."""
     if column.column not in rows.column_names:
         raise DataError(
             f"{column} has no column {column.column!r}.",

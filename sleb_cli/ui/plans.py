@@ -87,9 +87,7 @@ def _show_sample(plan: Plan) -> None:
 
 
 def perplexity_chart(plan: Plan, width: int) -> Text:
-    """Draw the perplexity at each size on a logarithmic scale, on the searched and the held-out
-    sequences.
-    """
+    """Draw the perplexity at each size on a log scale, searched and held out."""
     marks = [("●", "cyan"), ("○", "yellow")]
     lines = []
     points: list[float] = []

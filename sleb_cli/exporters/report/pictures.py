@@ -198,9 +198,7 @@ def search_plot(plan: Plan) -> Plot | None:
 
 
 def candidate_costs(plan: Plan) -> list[dict[int, float]]:
-    """Return, by step, how far each candidate was behind the best: infinitely if its score was not
-    finite.
-    """
+    """Return, by step, how far each candidate was behind the best; infinity if not finite."""
     costs = []
     for step in plan.steps:
         scores = {}

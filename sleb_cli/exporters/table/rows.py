@@ -44,9 +44,7 @@ _NOT_IN_METHOD = ("search seconds", "windows", "items", "plan")
 
 @dataclass(frozen=True)
 class PlanTable:
-    """Rows with the columns METHOD, `measured` (each with the function that formats it) and
-    SETTINGS.
-    """
+    """Rows with the columns METHOD, `measured` (each with its formatter) and SETTINGS."""
 
     rows: Sequence[Row]
     measured: dict[str, Callable[[float], str]]
@@ -84,9 +82,7 @@ class PlanTable:
 
 
 def plan_table(plans: Sequence[Findings]) -> PlanTable:
-    """Tabulate measurements of several plans; a column holds one set of tokens or items, or one
-    workload.
-    """
+    """Tabulate measurements of plans, a column for each set of tokens or items, or workload."""
     columns = _columns(plans)
     averaged: set[Hashable] = set()
     for findings in plans:
