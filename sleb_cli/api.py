@@ -1,6 +1,4 @@
-"""The commands as functions: each takes a request, reports to `notify`, writes its output, and
-returns a record.
-"""
+"""The commands as functions of a request, which write their output and return a record."""
 
 from __future__ import annotations
 

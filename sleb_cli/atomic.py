@@ -277,9 +277,7 @@ def _target(folder: Path) -> Path:
 
 
 def clear(folder: Path) -> None:
-    """Delete a hidden folder, and the old version of what it replaced, or put that back if it did
-    not.
-    """
+    """Delete a hidden folder and the old version that it replaced, or put that back."""
     target = _target(folder)
     old = _hidden(target, ".old")
     if os.path.lexists(old) and not os.path.lexists(target):

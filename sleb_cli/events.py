@@ -84,9 +84,7 @@ class BlocksSwapped(Event):
 
 @dataclass(frozen=True)
 class BlockRemoved(Event):
-    """A step is decided; `removals` are all removed blocks, if they are not the previous ones and
-    `block`.
-    """
+    """A step is decided; `removals` are all removed blocks, None if only `block` was added."""
 
     step: int
     block: int

@@ -55,9 +55,7 @@ class CalibrationRecord(Record):
 
     @property
     def title(self) -> str:
-        """The source for display: what is local by its name alone, so that private paths stay
-        private.
-        """
+        """The source for display: local paths by name alone, so that folders stay private."""
         return public_source(self.source)
 
     def __str__(self) -> str:
@@ -327,9 +325,7 @@ class RecoveryRecord(Record):
 
     @property
     def models(self) -> list[tuple[str, LossesRecord, LossesRecord | None]]:
-        """What each measured model is called, up to the one that was written, and its losses on
-        both texts.
-        """
+        """Each measured model, up to the written one, with its losses on both texts."""
         answers = self.conversations
         measured = [
             ("dense", self.dense, getattr(answers, "dense", None)),
@@ -451,9 +447,7 @@ class ExpertPlan(Record):
 
     @property
     def ranking(self) -> str:
-        """A hash of the order of all experts, however many go: those that stay follow by their
-        scores in each group.
-        """
+        """A hash of the order of all experts: those that stay follow by score in each group."""
         size = self.count // self.groups
         orders = []
         for order in sorted(self.blocks, key=lambda order: order.block):
@@ -465,9 +459,7 @@ class ExpertPlan(Record):
         return hashlib.sha256(json.dumps(orders).encode()).hexdigest()
 
     def first(self, count: int) -> ExpertPlan:
-        """Return the plan for only `count` experts of each block, without measurements, which no
-        longer apply.
-        """
+        """Return the plan for `count` experts of each block, without measurements."""
         if count == self.fewer:
             return self
         blocks = tuple(
@@ -527,9 +519,7 @@ class Plan(VersionedRecord):
         return versions | {"Python": ran.python, **ran.plugins}
 
     def __fspath__(self) -> str:
-        """Return the plan's file, so that requests accept a plan as a path; a `PlanError` if it has
-        none.
-        """
+        """Return the plan's file, so that requests take a plan as a path; PlanError if none."""
         file = self._location.file
         if file is not None and read_plan(file) == self:
             return str(file)
@@ -632,8 +622,9 @@ class Plan(VersionedRecord):
         return all(step.removals is None for step in self.steps)
 
     def first(self, count: int) -> Plan:
-        """Return the plan of a search stopped after `count` removals; the sample generation is kept
-        only for all.
+        """Return the plan as if its search had stopped after `count` removals.
+
+        The sample generation is kept only for all.
         """
         if count == len(self.largest):
             return self

@@ -83,9 +83,7 @@ def block_numbers(numbers: Any, kept: Kept) -> Any:
 
 
 def numbers_from_one(values: Any, kept: Kept) -> Any:
-    """Renumber the lists of block numbers, from 1, in a mapping that also holds other settings
-    (Kimi-Linear).
-    """
+    """Renumber lists of block numbers, from 1, in a mapping with other settings (Kimi-Linear)."""
     if not isinstance(values, dict):
         return values
     renumbered = {}
@@ -236,9 +234,7 @@ as two attentions.
 
 
 def explicit_experts(config: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
-    """Replace `decoder_sparse_step` (Qwen-MoE), by which every n-th block has experts, with
-    `mlp_only_layers`.
-    """
+    """Replace `decoder_sparse_step` (Qwen-MoE: every n-th has experts) by `mlp_only_layers`."""
     step = config["decoder_sparse_step"]
     dense = config["mlp_only_layers"] or []
     numbers = [new for new, old in enumerate(kept.blocks) if old in dense or (old + 1) % step]
@@ -251,9 +247,7 @@ def explicit_attention(config: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
 
 
 def explicit_cycle(config: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
-    """Expand the cycle of kinds that RecurrentGemma repeats over its blocks to the kept blocks'
-    kinds.
-    """
+    """Expand the cycle of kinds that RecurrentGemma repeats to the kept blocks' kinds."""
     cycle = config["block_types"]
     return {"block_types": [cycle[block % len(cycle)] for block in kept.blocks]}
 

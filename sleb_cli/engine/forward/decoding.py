@@ -62,8 +62,9 @@ def _generate(model: Any, ids: Tensor, new_tokens: int, how: str, *, use_cache: 
 
 
 def relative_difference(logits: Tensor, expected: Tensor) -> float:
-    """Return the largest difference, relative to the largest expected logit; NaN for NaN logits or
-    other shapes.
+    """Return the largest difference, relative to the largest expected logit.
+
+    It is NaN for NaN logits or other shapes.
     """
     if logits.shape != expected.shape:
         return float("nan")

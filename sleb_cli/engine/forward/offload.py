@@ -39,8 +39,9 @@ def align(model: Any) -> None:
 
 
 def offloaded_values(model: Any) -> OffloadedValues | None:
-    """Return the values of a model's offloaded weights, which from then on go through here; None if
-    it has none.
+    """Return the values of a model's offloaded weights; None if it has none.
+
+    From then on, they go through here.
     """
     values: OffloadedValues | None = None
     for module in model.modules():

@@ -18,8 +18,7 @@ from sleb_plugins import PlanError
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, the surgery on it (of no block if only the model was named), and the plan with its
-    file, if any.
+    """A model, the surgery on it (of no block for a model alone), and its plan and file, if any.
 
     `recovered` is the checkpoint of a plan in one whose blocks were recovered: its weights are not
     the dense model's.
