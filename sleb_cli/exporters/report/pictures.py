@@ -153,7 +153,7 @@ def _label_shares(axis: Axes, label: str) -> None:
 
 
 def speed_plot(findings: Findings) -> Plot | None:
-    """Plot the speedup of workloads by size, first that of the main ones."""
+    """Plot the speedup of workloads by size, the main ones first."""
     shown = [result for result, _ in findings.main_workloads]
     for result in findings.workloads:
         if result not in shown and findings.at_plan_size(result.pruned):
