@@ -176,10 +176,11 @@ class Registry:
 
 def load_registry(notify: Notify) -> Registry:
     """Load the plugins; name other packages before their code runs, and warn of each failure."""
-    others = third_party_plugins()
+    points = entry_points(group=GROUP)
+    others = _of_other_packages(points)
     if others:
         notify(Notice(f"Loading plugins of other packages: {', '.join(map(str, others))}."))
-    registry = load_plugins()
+    registry = load_plugins(points)
     for failure in registry.failures:
         notify(
             Warned(f"The plugin {failure.plugin} failed to load and is disabled: {failure.reason}.")
@@ -189,8 +190,11 @@ def load_registry(notify: Notify) -> Registry:
 
 def third_party_plugins() -> list[Plugin]:
     """List the plugins of other packages, without running their code."""
-    plugins = map(_plugin, entry_points(group=GROUP))
-    return [plugin for plugin in plugins if plugin.package != "sleb"]
+    return _of_other_packages(entry_points(group=GROUP))
+
+
+def _of_other_packages(points: Iterable[EntryPoint]) -> list[Plugin]:
+    return [plugin for plugin in map(_plugin, points) if plugin.package != "sleb"]
 
 
 def load_plugins(points: Iterable[EntryPoint] | None = None) -> Registry:
@@ -214,7 +218,8 @@ def _plugin(entry_point: EntryPoint) -> Plugin:
     package = entry_point.dist
     if package is None:
         return Plugin(entry_point.name, entry_point.value, "unknown package", "?")
-    return Plugin(entry_point.name, entry_point.value, package.name, package.version)
+    metadata = package.metadata  # parsed anew at each access
+    return Plugin(entry_point.name, entry_point.value, metadata["Name"], metadata["Version"])
 
 
 def _offers(plugin: Plugin, load: Callable[[], Any]) -> list[Offer]:

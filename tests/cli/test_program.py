@@ -106,11 +106,11 @@ def test_each_class_of_error_has_an_exit_code_of_its_own():
 
 
 def test_a_bug_keeps_its_traceback_and_ctrl_c_has_none(sleb, monkeypatch):
-    monkeypatch.setattr("sleb_cli.plugin_manager.load_plugins", lambda: 1 / 0)
+    monkeypatch.setattr("sleb_cli.plugin_manager.load_plugins", lambda points: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         program.main(["plugins"])
 
-    def interrupt():
+    def interrupt(points):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sleb_cli.plugin_manager.load_plugins", interrupt)

@@ -350,7 +350,13 @@ def test_the_natural_wrong_guess_is_told_the_right_word(run_sleb, words, line, h
 
 ALONE = """
 import sys
+from functools import cache
+import typer
+from sleb_cli import plugin_manager
 from sleb_cli.__main__ import main
+# Built once for all of them.
+typer.main.get_command = cache(typer.main.get_command)
+plugin_manager.entry_points = cache(plugin_manager.entry_points)
 codes = [main(words) for words in {lines}]
 print([codes, {{'torch', 'transformers', 'datasets'}} & {{*sys.modules}}])
 """
