@@ -11,6 +11,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -21,22 +22,10 @@ from sleb_cli.plugin_calls import blame
 from sleb_cli.requests import TRANSFORMERS
 from sleb_cli.synonyms import SYNONYMS
 from sleb_cli.version import __version__
-from sleb_plugins import (
-    Engine,
-    ExpertMetric,
-    Exporter,
-    FamilyAdapter,
-    HiddenStateMetric,
-    LogitMetric,
-    Metric,
-    ModelMetric,
-    PluginError,
-    UsageError,
-    WeightMetric,
-    hookspecs,
-)
+from sleb_plugins import Engine, Exporter, FamilyAdapter, Metric, PluginError, UsageError, hookspecs
 from sleb_plugins.engine import Reads
 from sleb_plugins.errors import did_you_mean
+from sleb_plugins.metric import KINDS
 
 if TYPE_CHECKING:
     from sleb_cli.plan import MetricRecord
@@ -47,10 +36,7 @@ Kind = Literal["family", "metric", "exporter", "engine"]
 
 _HOOKS: dict[str, tuple[Kind, tuple[type, ...]]] = {
     "sleb_families": ("family", (FamilyAdapter,)),
-    "sleb_metrics": (
-        "metric",
-        (LogitMetric, HiddenStateMetric, WeightMetric, ModelMetric, ExpertMetric),
-    ),
+    "sleb_metrics": ("metric", tuple(chain.from_iterable(KINDS.values()))),
     "sleb_exporters": ("exporter", (Exporter,)),
     "sleb_engines": ("engine", (Engine,)),
 }

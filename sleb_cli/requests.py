@@ -8,6 +8,7 @@ torch, so that `sleb --help` is instant.
 import math
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -63,6 +64,17 @@ DEFAULT_EXPERT_HOLDOUT = 0.1
 """What an expert knows that goes shows on text that it was not chosen on."""
 DEFAULT_STRATEGY: StrategyName = "greedy"
 DEFAULT_PROTECTED = 1
+DEFAULTS: Mapping[Unit, Mapping[str, Any]] = {
+    "blocks": {
+        "metric": DEFAULT_METRIC,
+        "strategy": DEFAULT_STRATEGY,
+        "protect_first": DEFAULT_PROTECTED,
+        "protect_last": DEFAULT_PROTECTED,
+        "holdout": 0.0,
+    },
+    "experts": {"metric": DEFAULT_EXPERT_METRIC, "holdout": DEFAULT_EXPERT_HOLDOUT},
+}
+"""What a search takes for options that are not set, by what it removes."""
 DEFAULT_CALIBRATION = "wikitext2"
 DEMO_CALIBRATION = "self"
 DEFAULT_SAMPLES = 16

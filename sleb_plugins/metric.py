@@ -8,6 +8,7 @@ the calibration text can serve many candidates. Choose the first kind that can e
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -146,3 +147,10 @@ class ExpertMetric(Metric):
         Returns:
             floating-point numbers, [experts].
         """
+
+
+KINDS: Mapping[str, tuple[type[Metric], ...]] = {
+    "blocks": (LogitMetric, HiddenStateMetric, WeightMetric, ModelMetric),
+    "experts": (ExpertMetric,),
+}
+"""The kinds of metrics, by what they score."""

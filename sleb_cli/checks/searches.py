@@ -17,11 +17,7 @@ from sleb_cli.plugin_manager import Registry
 from sleb_cli.processes import is_main_process
 from sleb_cli.requests import (
     AUTO,
-    DEFAULT_EXPERT_HOLDOUT,
-    DEFAULT_EXPERT_METRIC,
-    DEFAULT_METRIC,
-    DEFAULT_PROTECTED,
-    DEFAULT_STRATEGY,
+    DEFAULTS,
     DEMO,
     TARGET_NAMES,
     SearchRequest,
@@ -31,18 +27,8 @@ from sleb_cli.requests import (
 )
 from sleb_cli.texts.named import is_reference
 from sleb_cli.units import dtype_in_full, parse_bytes, parse_count, parse_ratio
-from sleb_plugins import (
-    ExpertMetric,
-    HiddenStateMetric,
-    LogitMetric,
-    Metric,
-    ModelMetric,
-    OutputError,
-    UsageError,
-    WeightMetric,
-)
-
-OF_BLOCKS = (LogitMetric, HiddenStateMetric, WeightMetric, ModelMetric)
+from sleb_plugins import LogitMetric, Metric, ModelMetric, OutputError, UsageError
+from sleb_plugins.metric import KINDS
 
 
 @dataclass(frozen=True)
@@ -148,21 +134,7 @@ _GOALS: dict[TargetName, Callable[[str, str], Fraction | float]] = {
 
 def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
     """Fill unset options from the extended plan, or from the defaults."""
-    values: dict[str, Any] = {
-        "metric": DEFAULT_METRIC,
-        "strategy": DEFAULT_STRATEGY,
-        "protect_first": DEFAULT_PROTECTED,
-        "protect_last": DEFAULT_PROTECTED,
-        "holdout": 0.0,
-        "seed": 0,
-    }
-    if request.unit == "experts":
-        values = {
-            "metric": DEFAULT_EXPERT_METRIC,
-            "holdout": DEFAULT_EXPERT_HOLDOUT,
-            "seed": 0,
-            "fast": False,
-        }
+    values: dict[str, Any] = {**DEFAULTS[request.unit], "seed": 0}
     if extended is not None:
         search = extended.search
         text = extended.calibration
@@ -183,13 +155,8 @@ def _can_race(metric: Metric, strategy: Strategy) -> bool:
 
 def _require_fitting(request: SearchRequest, metric: Metric, strategy: Strategy) -> None:
     """Check that the metric, the unit, the strategy and the way to search fit together."""
-    if request.unit == "experts":
-        usual = DEFAULT_EXPERT_METRIC
-        can_score = isinstance(metric, ExpertMetric)
-    else:
-        usual = DEFAULT_METRIC
-        can_score = isinstance(metric, OF_BLOCKS)
-    if not can_score:
+    if not isinstance(metric, KINDS[request.unit]):
+        usual = DEFAULTS[request.unit]["metric"]
         raise UsageError(
             f"{metric.name} does not score {request.unit}.", hint=f"Use another, such as {usual}."
         )

@@ -35,8 +35,9 @@ def typed(request, option):
     kind = requests.kinds_of(get_type_hints(request)[name])[0]
     if kind is bool:
         return flag
-    choice = get_args(kind)[0] if get_origin(kind) is Literal else 3
-    return f"{flag} {value.replace('*', 'x') or choice}"
+    if get_origin(kind) is Literal:
+        return f"{flag} {get_args(kind)[-1]}"
+    return f"{flag} {value.replace('*', 'x') or 3}"
 
 
 def clashing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -17,9 +18,10 @@ from sleb_cli.engine.model.sizes import PerBlock, cache_bytes, count_parameters,
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.choices import Protection
+from sleb_cli.engine.search.experts import ExpertMethod
 from sleb_cli.engine.search.journal import recorded_settings
 from sleb_cli.engine.search.removable import Removable
-from sleb_cli.engine.search.settings import ExpertMethod, Method, Search
+from sleb_cli.engine.search.settings import BlockMethod, Method, Search
 from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, Target, most_removals
 from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.text.settings import (
@@ -36,6 +38,7 @@ from sleb_cli.requests import (
     DEFAULT_SAMPLE_TOKENS,
     DEFAULT_SERVE_LENGTH,
     SearchRequest,
+    Unit,
     journal_of,
 )
 from sleb_cli.units import format_bytes, format_count, plural
@@ -52,6 +55,7 @@ def resolve_search(
 ) -> Search:
     """Settle a search by the model's architecture."""
     request = _restore_settings(checked.request)
+    checked = replace(checked, request=request)
     metric = checked.metric
     device = choose_device(request.device)
     architecture = group.main_first(lambda: _read_model(checked, source, registry, notify))
@@ -74,26 +78,7 @@ def resolve_search(
         )
     text = _calibration_settings(request, architecture, placement)
     implementation = registry.metric_record(metric)
-    if isinstance(metric, ExpertMetric) and request.unit == "experts":
-        method: Method | ExpertMethod = _expert_method(
-            request, metric, implementation, architecture, notify
-        )
-    else:
-        removable = Removable(architecture, _protection(request, architecture), notify)
-        gone = checked.extended.removals if checked.extended else ()
-        target = parse_target(request, architecture, notify)
-        remove = most_removals(target, removable, checked.strategy, gone, notify)
-        removable.candidates(gone)  # raises now if no block can be removed
-        method = Method(
-            metric,
-            implementation,
-            checked.strategy,
-            removable,
-            bool(request.fast),
-            request.holdout or 0.0,
-            target,
-            remove,
-        )
+    method = _METHODS[request.unit](checked, implementation, architecture, notify)
     sample_tokens = request.sample_tokens
     if sample_tokens is None:
         # A streamed model would be read whole for each token.
@@ -114,9 +99,32 @@ def resolve_search(
     )
 
 
+def _block_method(
+    checked: CheckedSearch,
+    implementation: MetricRecord,
+    architecture: Architecture,
+    notify: Notify,
+) -> BlockMethod:
+    request = checked.request
+    removable = Removable(architecture, _protection(request, architecture), notify)
+    gone = checked.extended.removals if checked.extended else ()
+    target = parse_target(request, architecture, notify)
+    remove = most_removals(target, removable, checked.strategy, gone, notify)
+    removable.candidates(gone)  # raises now if no block can be removed
+    return BlockMethod(
+        checked.metric,
+        implementation,
+        checked.strategy,
+        request.holdout or 0.0,
+        removable,
+        bool(request.fast),
+        target,
+        remove,
+    )
+
+
 def _expert_method(
-    request: SearchRequest,
-    metric: ExpertMetric,
+    checked: CheckedSearch,
     implementation: MetricRecord,
     architecture: Architecture,
     notify: Notify,
@@ -127,8 +135,18 @@ def _expert_method(
             hint="Search the model that it was quantized from, and use the plan on this one with "
             "--any-model.",
         )
+    request = checked.request
+    metric = checked.metric
+    assert isinstance(metric, ExpertMetric)
     fewer, target = experts_to_remove(request, architecture, notify)
-    return ExpertMethod(metric, implementation, fewer, request.holdout or 0.0, target)
+    holdout = request.holdout or 0.0
+    return ExpertMethod(metric, implementation, checked.strategy, holdout, fewer, target)
+
+
+_METHODS: Mapping[Unit, Callable[..., Method]] = {
+    "blocks": _block_method,
+    "experts": _expert_method,
+}
 
 
 def experts_to_remove(

@@ -11,8 +11,6 @@ from sleb_plugins.errors import ModelError
 
 REMOVED_BLOCKS = "sleb.removed_blocks"
 """The key that records the removed blocks, in order."""
-REMOVED_EXPERTS = "sleb.removed_experts."
-"""Before the number of a block: the key that records the experts that it lost, in order."""
 
 
 def remaining(file: GgufFile, key: str, count: int) -> tuple[list[int], list[int]]:

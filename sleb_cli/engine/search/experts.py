@@ -34,16 +34,39 @@ from sleb_cli.engine.search.inputs import (
 from sleb_cli.engine.search.journal import Journal, Name
 from sleb_cli.engine.search.losses import MAX_LOSS
 from sleb_cli.engine.search.scoring import jobs_of
-from sleb_cli.engine.search.settings import ExpertMethod, Search
+from sleb_cli.engine.search.settings import Method, Search
 from sleb_cli.engine.search.shares import own_shares
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify, task
-from sleb_cli.plan import DenseRecord, ExpertOrder, ExpertPlan, ExpertsText, HeldOutRecord, Plan
-from sleb_plugins import ExpertUse, ModelError
+from sleb_cli.plan import (
+    DenseRecord,
+    ExpertOrder,
+    ExpertPlan,
+    ExpertsText,
+    HeldOutRecord,
+    Plan,
+    TargetRecord,
+)
+from sleb_plugins import ExpertMetric, ExpertUse, ModelError
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 PIECE_BYTES = 64 << 20
 """About the size of the outputs of single experts that exist at once."""
+
+
+@dataclass(frozen=True)
+class ExpertMethod(Method):
+    """How experts are chosen.
+
+    Attributes:
+        fewer: how many experts of each block go.
+        target: the size to reach, unless a number of experts is given.
+    """
+
+    metric: ExpertMetric
+    fewer: int
+    target: TargetRecord | None
+
 
 Sums = Tensor
 """The fields of `ExpertUse` of a block, float64 [6, experts]."""

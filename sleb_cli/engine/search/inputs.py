@@ -21,7 +21,7 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.sample_generation import generate_sample
 from sleb_cli.engine.search.journal import Journal, open_journal
-from sleb_cli.engine.search.settings import Method, Search
+from sleb_cli.engine.search.settings import BlockMethod, Search
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
 from sleb_cli.events import Notify, Warned
@@ -100,7 +100,7 @@ def _warn_without_kv_cache(model: SkippableModel, search: Search, notify: Notify
 
 def _require_continuation(search: Search, plan: Plan, calibration: Calibration) -> None:
     method = search.method
-    assert isinstance(method, Method)
+    assert isinstance(method, BlockMethod)
     current: dict[str, Any] = {}
     for name in ("metric", "strategy", "protect_first", "protect_last", "fast", "holdout"):
         current[name] = search.options.get(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from statistics import fmean
@@ -12,7 +13,7 @@ from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.bad_sequences import require_sound
 from sleb_cli.engine.search.choices import Choice, NoBlockLeft, NoFiniteScore
-from sleb_cli.engine.search.experts import search_experts
+from sleb_cli.engine.search.experts import ExpertMethod, search_experts
 from sleb_cli.engine.search.held_out import hold_out, overfitting_note
 from sleb_cli.engine.search.inputs import (
     SearchInputs,
@@ -26,7 +27,7 @@ from sleb_cli.engine.search.inputs import (
 from sleb_cli.engine.search.losses import measure_dense, measure_held_out, perplexity
 from sleb_cli.engine.search.race import LOOKS
 from sleb_cli.engine.search.scoring import Scoring, engine_of
-from sleb_cli.engine.search.settings import ExpertMethod, Method, Search
+from sleb_cli.engine.search.settings import BlockMethod, Method, Search
 from sleb_cli.engine.search.strategies import ALGORITHMS, Problem
 from sleb_cli.engine.search.targets import PerplexityTarget, SizeTarget, perplexity_ratio
 from sleb_cli.events import (
@@ -50,12 +51,10 @@ def find_removals(search: Search, group: ProcessGroup, notify: Notify) -> Plan:
     A journal next to the plan's file keeps measurements; delete it once the plan is written.
     """
     inputs = load_inputs(search, group, notify)
-    if isinstance(search.method, ExpertMethod):
-        return search_experts(search, search.method, inputs)
-    return _search_blocks(search, search.method, inputs)
+    return _SEARCHES[type(search.method)](search, search.method, inputs)
 
 
-def _search_blocks(search: Search, method: Method, inputs: SearchInputs) -> Plan:
+def _search_blocks(search: Search, method: BlockMethod, inputs: SearchInputs) -> Plan:
     model = inputs.model
     source = search.architecture.source
     searched, reserved = hold_out(inputs.calibration.to(model.device), method.holdout)
@@ -98,8 +97,14 @@ def _search_blocks(search: Search, method: Method, inputs: SearchInputs) -> Plan
     )
 
 
+_SEARCHES: Mapping[type[Method], Callable[..., Plan]] = {
+    BlockMethod: _search_blocks,
+    ExpertMethod: search_experts,
+}
+
+
 def _record(
-    search: Search, method: Method, passes: Passes, held_out: Passes | None, reason: str | None
+    search: Search, method: BlockMethod, passes: Passes, held_out: Passes | None, reason: str | None
 ) -> SearchRecord:
     protection = method.removable.protection
     metric = method.metric
@@ -135,7 +140,7 @@ class Trace:
 
 
 def _search_to_target(
-    method: Method, extended: Plan | None, dense: DenseRecord, scoring: Scoring
+    method: BlockMethod, extended: Plan | None, dense: DenseRecord, scoring: Scoring
 ) -> Trace:
     target = method.target
     if method.strategy.swaps and isinstance(target, PerplexityTarget):
@@ -165,7 +170,7 @@ def _search_to_target(
 
 
 def _remove_blocks(
-    method: Method, extended: Plan | None, dense: DenseRecord, scoring: Scoring
+    method: BlockMethod, extended: Plan | None, dense: DenseRecord, scoring: Scoring
 ) -> Trace:
     target = method.target
     notify = scoring.notify
@@ -211,7 +216,7 @@ def _remove_blocks(
     return trace
 
 
-def _blame_plugin_metric(method: Method, scoring: Scoring, error: NoFiniteScore) -> None:
+def _blame_plugin_metric(method: BlockMethod, scoring: Scoring, error: NoFiniteScore) -> None:
     plugin = method.implementation
     if plugin.package == "sleb":
         return
@@ -224,7 +229,7 @@ def _blame_plugin_metric(method: Method, scoring: Scoring, error: NoFiniteScore)
         ) from error
 
 
-def _step(choice: Choice, before: tuple[int, ...], method: Method, scoring: Scoring) -> Step:
+def _step(choice: Choice, before: tuple[int, ...], method: BlockMethod, scoring: Scoring) -> Step:
     block = choice.block
     opening = f"Without block {block}"
     loss = fmean(scoring.losses(choice.removals))

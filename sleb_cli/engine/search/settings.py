@@ -5,57 +5,47 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from sleb_cli.checks.strategies import ONESHOT, Strategy
+from sleb_cli.checks.strategies import Strategy
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.targets import Target
 from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.text.settings import CalibrationSettings
-from sleb_cli.plan import MetricRecord, Plan, TargetRecord
-from sleb_plugins import ExpertMetric, Metric
+from sleb_cli.plan import MetricRecord, Plan
+from sleb_plugins import Metric
 
 
 @dataclass(frozen=True)
 class Method:
-    """How blocks are chosen.
+    """How what goes is chosen; each unit has a kind of its own.
 
     Attributes:
         implementation: the metric's code and versions, on which scores depend.
-        fast: whether candidates race.
         holdout: the share of the sequences that is held out.
-        target: where the search ends.
-        remove: the largest number of removals that it may need.
     """
 
     metric: Metric
     implementation: MetricRecord
     strategy: Strategy
-    removable: Removable
-    fast: bool
     holdout: float
-    target: Target
-    remove: int
 
 
 @dataclass(frozen=True)
-class ExpertMethod:
-    """How experts are chosen.
+class BlockMethod(Method):
+    """How blocks are chosen.
 
     Attributes:
-        implementation: the metric's code and versions, on which scores depend.
-        fewer: how many experts of each block go.
-        holdout: the share of the sequences that is held out.
-        target: the size to reach, unless a number of experts is given.
+        fast: whether candidates race.
+        target: where the search ends.
+        remove: the largest number of removals that it may need.
     """
 
-    metric: ExpertMetric
-    implementation: MetricRecord
-    fewer: int
-    holdout: float
-    target: TargetRecord | None
-    strategy: ClassVar[Strategy] = ONESHOT
+    removable: Removable
+    fast: bool
+    target: Target
+    remove: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +66,7 @@ class Search:
     memory: int | None
     batch_size: int | None
     text: CalibrationSettings
-    method: Method | ExpertMethod
+    method: Method
     extended: Plan | None
     plan_file: Path
     resume: bool

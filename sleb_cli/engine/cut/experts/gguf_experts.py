@@ -16,15 +16,12 @@ from sleb_cli.engine.cut.experts.expert_cut import (
 from sleb_cli.engine.cut.protocol import GgufCut
 from sleb_cli.engine.gguf.blocks import BLOCK, stored_block_count
 from sleb_cli.engine.gguf.file import GgufFile, GgufTensor
-from sleb_cli.engine.gguf.removed_parts import (
-    REMOVED_BLOCKS,
-    REMOVED_EXPERTS,
-    remaining,
-    with_removals,
-)
+from sleb_cli.engine.gguf.removed_parts import REMOVED_BLOCKS, remaining, with_removals
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_plugins import PlanError, UnsupportedModelError
 
+REMOVED_EXPERTS = "sleb.removed_experts."
+"""Before the number of a block: the key that records the experts that it lost, in order."""
 _BY_EXPERT = re.compile(
     r"\.(ffn_(gate|up|down|gate_up)_exps(\.\w+)?|ffn_gate_inp\.(weight|bias)|exp_probs_b(\.bias)?)"
 )
