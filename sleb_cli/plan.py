@@ -485,7 +485,8 @@ class Plan(VersionedRecord):
     A plan removes blocks, or the same number of `experts` from each; then it has no removals and no
     steps.
 
-    `removals` are the blocks of the last step; `first` returns the plan for fewer. `request` has
+    `score_unit` is what the metric says that its scores count; older plans lack it. `removals` are
+    the blocks of the last step; `first` returns the plan for fewer. `request` has
     the resolved options, with which `sleb search --config plan.json -o again.json` repeats the
     search.
 
@@ -494,12 +495,13 @@ class Plan(VersionedRecord):
     That copy may be published, so it names local models and texts without their folders.
     """
 
-    left_out_if_none = frozenset({"base_model", "recovery", "proof", "experts"})
+    left_out_if_none = frozenset({"score_unit", "base_model", "recovery", "proof", "experts"})
 
     request: dict[str, str | int | float | bool | tuple[int | str, ...]]
     model: ModelRecord
     calibration: CalibrationRecord
     search: SearchRecord
+    score_unit: str | None = None
     dense: DenseRecord
     removals: tuple[Block, ...]
     steps: tuple[Step, ...]

@@ -31,12 +31,11 @@ class PartSizes(Record):
     ranking: str | None = None
 
 
-def size_fields(order: Order) -> dict[str, Any]:
-    """Return the fields of a result that say what its sizes count; none if they count blocks."""
+def part_sizes(order: Order) -> PartSizes | None:
+    """Say what sizes count; None if they count blocks."""
     if order.whole_blocks:
-        return {}
-    sizes = PartSizes(unit=order.unit, count=order.count, ranking=order.ranking)
-    return {"parts": sizes}
+        return None
+    return PartSizes(unit=order.unit, count=order.count, ranking=order.ranking)
 
 
 class ResultRecord(VersionedRecord):

@@ -11,14 +11,6 @@ from sleb_plugins.metrics.nll import NegativeLogLikelihood
 from sleb_plugins.metrics.random import RandomScore
 
 
-def unit_of(name: str) -> str:
-    """Return the unit of a metric that ships with `sleb`, or the name of another one."""
-    for metric in sleb_metrics():
-        if metric.name == name and metric.unit:
-            return metric.unit
-    return name
-
-
 @hookimpl
 def sleb_metrics() -> list[Metric]:
     """Offer the metrics that ship with `sleb`."""

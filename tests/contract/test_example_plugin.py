@@ -69,6 +69,7 @@ def test_its_family_and_its_metric_search(answer, sleb, tiny_gpt2, text_file):
     plan = answer(*search, "next-token-error")
     assert plan["steps"][0]["score"] > five["steps"][0]["score"]
     assert (plan["model"]["family"], plan["search"]["engine"]) == ("gpt2", "model")
+    assert plan["score_unit"] == "share of tokens"
     rows = dict(search_settings(read_plan(Path("plan.json"))).rows)
     assert rows["metric"] == "next-token-error of sleb-example 1.2.3"
     predicted = 4 * 31

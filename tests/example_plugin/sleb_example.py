@@ -8,6 +8,7 @@ class NextTokenError(sleb.ModelMetric):
 
     name = "next-token-error"
     description = "share of calibration tokens that are not among the model's first guesses"
+    unit = "share of tokens"
     argument = "[GUESSES]"
 
     def __init__(self, guesses=1):

@@ -59,6 +59,7 @@ def test_a_plan_survives_a_round_trip(llama_plan, tmp_path):
         "model",
         "calibration",
         "search",
+        "score_unit",
         "dense",
         "removals",
         "steps",

@@ -32,7 +32,7 @@ from sleb_cli.results import (
     TaskResult,
     TextResult,
     merge_results,
-    size_fields,
+    part_sizes,
     with_sizes,
 )
 from sleb_cli.saved_results import find_kept, keep_result
@@ -163,7 +163,7 @@ def _setting(evaluation: Evaluation) -> EvalResult:
         **THIS_VERSION,
         kind="eval",
         model=architecture.record,
-        **size_fields(models.subject.order),
+        parts=part_sizes(models.subject.order),
         behavior=architecture.source.content_hash,
         recovered=recovered.source.content_hash if recovered else None,
         dtype=dtype_name(models.placement.dtype),

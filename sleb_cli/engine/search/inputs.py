@@ -223,6 +223,7 @@ def make_plan(search: Search, inputs: SearchInputs, record: SearchRecord, **find
         calibration=text,
         environment=environment_record(dict(search.plugins), search.placement.device, seconds),
         search=record,
+        score_unit=str(search.method.metric.unit) or None,
         **findings,
     )
 

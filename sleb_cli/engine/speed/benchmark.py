@@ -28,7 +28,7 @@ from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify
 from sleb_cli.order import SizeKey
 from sleb_cli.records import THIS_VERSION
-from sleb_cli.results import BenchResult, MemoryRecord, ModelSize, Workload, size_fields
+from sleb_cli.results import BenchResult, MemoryRecord, ModelSize, Workload, part_sizes
 from sleb_plugins import Engine, EngineSettings
 
 
@@ -109,7 +109,7 @@ def benchmark(job: Benchmark, notify: Notify, write_files: WriteFiles | None = N
             **THIS_VERSION,
             kind="bench",
             model=job.subject.architecture.record,
-            **size_fields(job.subject.order),
+            parts=part_sizes(job.subject.order),
             dtype=timings.dtype,
             device=timings.device,
             threads=torch.get_num_threads(),

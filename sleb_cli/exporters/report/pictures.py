@@ -29,7 +29,6 @@ from sleb_cli.exporters.report.drawing import (
     set_whole_ticks,
 )
 from sleb_cli.plan import Plan
-from sleb_plugins.metrics import unit_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -240,7 +239,7 @@ def _draw_heat_map(plan: Plan, costs: list[dict[int, float]], row: float, figure
     axis.set_yticks(rows[:: max(1, math.ceil(14 / row))])
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    unit = unit_of(plan.search.metric)
+    unit = plan.score_unit or plan.search.metric
     _add_scale(figure, axis, norm, highest, f"cost above the removed block's, {unit}")
 
 
