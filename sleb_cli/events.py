@@ -89,7 +89,7 @@ class BlockRemoved(Event):
     step: int
     block: int
     score: float
-    perplexity: float
+    perplexity: float | None
     removals: tuple[int, ...] | None = None
 
 

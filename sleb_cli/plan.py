@@ -125,24 +125,28 @@ class SearchRecord(Record):
 
 
 class HeldOutRecord(Record):
-    """The loss of a model on the held-out sequences, in nats per token, and its perplexity.
+    """The loss of a model on the held-out sequences, and its perplexity: see `DenseRecord`.
 
     `generalization_gap` is how much more the loss grew here than on the sequences searched on,
     `standard_error` its standard error, and `overfits` whether that is more than chance explains.
     """
 
     loss: float
-    perplexity: Perplexity
+    perplexity: Perplexity | None
     generalization_gap: float = 0.0
     standard_error: float = 0.0
     overfits: bool = False
 
 
 class DenseRecord(Record):
-    """The dense model's loss on the searched sequences, in nats per token, and its perplexity."""
+    """The dense model's loss on the searched sequences, in nats per token, and its perplexity.
+
+    For a model that only reads, a loss is the distance from what the dense model puts out, and
+    there is no perplexity.
+    """
 
     loss: float
-    perplexity: Perplexity
+    perplexity: Perplexity | None
     held_out: HeldOutRecord | None = None
 
 
@@ -177,8 +181,8 @@ class SwapRecord(Record):
 
 
 class Step(Record):
-    """One size: the metric's score and the calibration perplexity without `block` and all earlier
-    blocks.
+    """One size: the metric's score and the calibration perplexity (of a model that only reads, the
+    mean distance from what the dense model puts out) without `block` and all earlier blocks.
 
     If the removed blocks are not those of the previous size plus `block`, `removals` lists all of
     them, `block` being the last. `scores` has the score of each candidate for that last place (for
@@ -190,8 +194,11 @@ class Step(Record):
 
     block: Block
     kind: str = ""
+    left_out_if_none = frozenset({"distance"})
+
     score: float
-    perplexity: Perplexity
+    perplexity: Perplexity | None
+    distance: float | None = None
     scores: dict[Block, float | None]
     race: RaceRecord | None = None
     held_out: HeldOutRecord | None = None
@@ -600,8 +607,8 @@ class Plan(VersionedRecord):
         return self.size_keys[-1] if self.size_keys else ()
 
     @property
-    def perplexity(self) -> float:
-        """The perplexity of the calibration text at the last size."""
+    def perplexity(self) -> float | None:
+        """The perplexity of the calibration text at the last size; None of a model that reads."""
         if self.parts is None:
             return self.steps[-1].perplexity if self.steps else self.dense.perplexity
         return self.parts.perplexity

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from sleb_cli.atomic import to_json, write_text
 from sleb_cli.names import without_folders
@@ -84,6 +91,16 @@ class Record(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
     )
+    left_out_if_none: ClassVar[frozenset[str]] = frozenset()
+    """Fields that only some records have."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = serialize(self)
+        for name in self.left_out_if_none:
+            if name in data and data[name] is None:
+                del data[name]
+        return data
 
     @classmethod
     def read(cls, path: Path, whole: str) -> Self:
@@ -130,19 +147,12 @@ def _published(value: Any, metadata: Sequence[object]) -> Any:
 class VersionedRecord(Record):
     """A record that is a file of its own."""
 
-    left_out_if_none: ClassVar[frozenset[str]] = frozenset()
-    """Fields that only some files have."""
-
     schema_version: Literal[1]
     sleb_version: str
 
-    def to_data(self) -> dict[str, Any]:
-        """Return the record as in JSON."""
-        data = super().to_data()
-        for name in self.left_out_if_none:
-            if data[name] is None:
-                del data[name]
-        return data
+
+OutputKind = Literal["vectors", "scores", "classes"]
+"""What a model that only reads puts out for a text."""
 
 
 class ModelRecord(Record):
@@ -150,8 +160,10 @@ class ModelRecord(Record):
 
     In a checkpoint, which may be published, `id` has no folders. `revision` is a commit of the Hub.
     `code` is a SHA-256 of the Python files that come with the model, if the user let them run.
-    `dtype` is the data type of its weights.
+    `dtype` is the data type of its weights. `output` is left out for a language model.
     """
+
+    left_out_if_none = frozenset({"output"})
 
     id: Annotated[str, Public(without_folders)]
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None
@@ -161,6 +173,7 @@ class ModelRecord(Record):
     blocks: Annotated[int, Field(ge=1)]
     code: str | None = None
     dtype: str | None = None
+    output: OutputKind | None = None
 
     def computed_in(self, dtype: str) -> str:
         """Write a data type of computation, and the weights' own if it differs."""

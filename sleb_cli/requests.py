@@ -60,6 +60,7 @@ TARGET_NAMES: tuple[TargetName, ...] = get_args(TargetName)
 DEFAULT_PLAN = Path("plan.json")
 DEFAULT_METRIC = "nll"
 DEFAULT_EXPERT_METRIC = "energy"
+DEFAULT_READER_METRIC = "output"
 DEFAULT_EXPERT_HOLDOUT = 0.1
 """What an expert knows that goes shows on text that it was not chosen on."""
 DEFAULT_STRATEGY: StrategyName = "greedy"
@@ -78,6 +79,8 @@ DEFAULTS: Mapping[Unit, Mapping[str, Any]] = {
 DEFAULT_CALIBRATION = "wikitext2"
 DEMO_CALIBRATION = "self"
 DEFAULT_SAMPLES = 16
+DEFAULT_TEXTS = 256
+"""Samples of a model that only reads: they are short."""
 DEMO_SAMPLES = 24
 DEFAULT_LENGTH = 2048
 DEMO_LENGTH = 64
@@ -199,6 +202,12 @@ _experts_per_token = partial(
     "Have each token use only this many experts: one setting, and no cut.",
     _SUBJECT,
     minimum=1,
+)
+_prompt = partial(
+    option,
+    "Begin each text with this prompt of the embedding model: query.",
+    metavar="NAME",
+    default="the model's default, if it has one",
 )
 _force = partial(_flag, "Overwrite existing output.", _OUTPUT)
 _result_file = partial(option, "Write the result to this JSON file.", _OUTPUT)
@@ -358,7 +367,8 @@ class SearchRequest(Request):
     metric: str | None = option(
         "Score candidates by this metric: see `sleb plugins`.",
         _SCORING,
-        default=f"{DEFAULT_METRIC}; {DEFAULT_EXPERT_METRIC} for experts",
+        default=f"{DEFAULT_METRIC}; {DEFAULT_EXPERT_METRIC} for experts; output for models that "
+        "only read",
     )
     strategy: StrategyName | None = option(
         "greedy; refine (greedy, then swaps); oneshot (score every block once); or contiguous "
@@ -381,7 +391,10 @@ class SearchRequest(Request):
         default=f"{DEFAULT_CALIBRATION}; {DEMO_CALIBRATION} for demo",
     )
     samples: int | None = _count(
-        "Number of sequences.", _CALIBRATION, default=f"{DEFAULT_SAMPLES}; {DEMO_SAMPLES} for demo"
+        "Number of sequences.",
+        _CALIBRATION,
+        default=f"{DEFAULT_SAMPLES}; {DEFAULT_TEXTS} texts of a model that only reads; "
+        f"{DEMO_SAMPLES} for demo",
     )
     sequence_length: int | None = option(
         "Tokens per sequence.",
@@ -401,6 +414,7 @@ class SearchRequest(Request):
         _CALIBRATION,
         default="answers, in conversations that the model writes",
     )
+    prompt: str | None = _prompt(panel=_CALIBRATION)
     holdout: float | None = option(
         "Hold out this share of the sequences to detect overfitting: 0.2.",
         _CALIBRATION,
@@ -581,6 +595,7 @@ class ApplyRequest(OneSizeRequest):
         _RECOVERY,
         default="all, in conversations that the model writes",
     )
+    prompt: str | None = _prompt(panel=_RECOVERY)
     device: str = option(
         "Device to recover on: cpu, cuda, cuda:1, mps, xpu, npu.", _RECOVERY, unset=AUTO
     )
@@ -645,6 +660,7 @@ class EvalRequest(SizesRequest):
         default="all, or the text's protocol",
     )
     bos: bool = _flag("Begin every perplexity window with the BOS token.", _QUALITY)
+    prompt: str | None = _prompt(panel=_QUALITY)
     batch_size: str | int = option(
         "Text windows or task requests per forward pass; auto suits the device.",
         _QUALITY,

@@ -33,6 +33,7 @@ from sleb_plugins.metric import (
     LogitMetric,
     Metric,
     ModelMetric,
+    OutputMetric,
     WeightMetric,
 )
 
@@ -54,6 +55,7 @@ __all__ = [
     "ModelError",
     "ModelMetric",
     "OutputError",
+    "OutputMetric",
     "PlanError",
     "PluginError",
     "ProofError",

@@ -79,6 +79,15 @@ class LogitMetric(Metric):
         """
 
 
+class OutputMetric(Metric):
+    """Scores what a model that only reads puts out: its distance from the dense model's output.
+
+    The model decides what that is, so there is one such metric, and none can be added.
+    """
+
+    needs_dense_logits: ClassVar[bool] = True
+
+
 class HiddenStateMetric(Metric):
     """Scores a block by the hidden states that enter and leave it, in the model after earlier
     removals.
@@ -150,7 +159,7 @@ class ExpertMetric(Metric):
 
 
 KINDS: Mapping[str, tuple[type[Metric], ...]] = {
-    "blocks": (LogitMetric, HiddenStateMetric, WeightMetric, ModelMetric),
+    "blocks": (LogitMetric, HiddenStateMetric, WeightMetric, ModelMetric, OutputMetric),
     "experts": (ExpertMetric,),
 }
 """The kinds of metrics, by what they score."""

@@ -27,7 +27,7 @@ from sleb_cli.requests import (
 )
 from sleb_cli.texts.named import is_reference
 from sleb_cli.units import dtype_in_full, parse_bytes, parse_count, parse_ratio
-from sleb_plugins import LogitMetric, Metric, ModelMetric, OutputError, UsageError
+from sleb_plugins import LogitMetric, Metric, ModelMetric, OutputError, OutputMetric, UsageError
 from sleb_plugins.metric import KINDS
 
 
@@ -37,7 +37,8 @@ class CheckedSearch:
 
     Attributes:
         request: with the values of the extended plan, and with the defaults that no model decides.
-        metric: scores the candidates.
+        metric: scores the candidates; of a model that only reads, another is the default.
+        metric_given: whether it was asked for.
         strategy: how blocks are chosen.
         memory: bytes for the search in addition to the model; None for a share of what is free.
         extended: the plan that is continued, if any.
@@ -45,6 +46,7 @@ class CheckedSearch:
 
     request: SearchRequest
     metric: Metric
+    metric_given: bool
     strategy: Strategy
     memory: int | None
     extended: Plan | None
@@ -69,6 +71,7 @@ def check_search(request: SearchRequest, registry: Registry) -> CheckedSearch:
     """
     goal_of(request)
     extended = read_plan(request.extend) if request.extend is not None else None
+    metric_given = request.metric is not None or extended is not None
     request = _fill_gaps(request, extended)
     metric = registry.metric(str(request.metric))
     strategy = STRATEGIES[request.strategy] if request.strategy else ONESHOT
@@ -90,7 +93,7 @@ def check_search(request: SearchRequest, registry: Registry) -> CheckedSearch:
                 f"{journal} holds an unfinished search.",
                 hint="Continue it with --resume, or start over with --force.",
             )
-    return CheckedSearch(request, metric, strategy, memory, extended)
+    return CheckedSearch(request, metric, metric_given, strategy, memory, extended)
 
 
 def goal_of(request: SearchRequest) -> tuple[TargetName, Fraction | float]:
@@ -142,6 +145,7 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
         values = {name: getattr(search, name) for name in of_search}
         values |= {name: getattr(text, name) for name in ("chat", "seed", "sequence_length")}
         values |= {"calibration": text.source, "protect": search.protect or None}
+        values["prompt"] = extended.request.get("prompt")
         if not is_reference(text.source):  # whose samples count rows of text, not sequences
             values["samples"] = text.sequences
     unset = {name: value for name, value in values.items() if getattr(request, name) is None}
@@ -150,7 +154,7 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
 
 def _can_race(metric: Metric, strategy: Strategy) -> bool:
     """Whether candidates can be compared sequence by sequence until one wins."""
-    return isinstance(metric, LogitMetric) and strategy.can_race
+    return isinstance(metric, LogitMetric | OutputMetric) and strategy.can_race
 
 
 def _require_fitting(request: SearchRequest, metric: Metric, strategy: Strategy) -> None:
@@ -162,14 +166,14 @@ def _require_fitting(request: SearchRequest, metric: Metric, strategy: Strategy)
         )
     if request.fast and not _can_race(metric, strategy):
         unfit = metric.name
-        if isinstance(metric, LogitMetric):
+        if isinstance(metric, LogitMetric | OutputMetric):
             unfit = f"--strategy {strategy.name}"
         raise UsageError(
             f"--fast does not apply to {unfit}, which does not compare candidates sequence by "
             f"sequence.",
             hint="Leave out --fast.",
         )
-    if strategy.swaps and not isinstance(metric, LogitMetric | ModelMetric):
+    if strategy.swaps and not isinstance(metric, LogitMetric | OutputMetric | ModelMetric):
         raise UsageError(
             f"--strategy {strategy.name} compares sets of blocks, but {metric.name} scores single "
             f"blocks.",

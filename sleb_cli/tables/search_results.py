@@ -9,6 +9,7 @@ from sleb_cli.plan import ExpertPlan, Plan, RecoveryRecord, SampleGeneration
 from sleb_cli.tables.table import PERPLEXITY, Column, Table, tabulate
 from sleb_cli.units import format_bytes, format_change, format_count, format_perplexity, spans
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
+from sleb_plugins.metrics.output import OutputDistance
 
 MAX_ADDED_REPETITION = 0.2
 """How much more than the dense model the pruned one may repeat itself before it is suspected of
@@ -17,6 +18,13 @@ collapse.
 
 REMOVED_MARKS = "·○×+~"
 """One for each kind of block."""
+
+DISTANCES = {
+    "vectors": "distance: 1 - cosine of the vectors and those of the dense (original) model.",
+    "classes": "distance: KL divergence of the classes from the dense (original) model's, in nats.",
+    "scores": "distance: squared difference of the scores from the dense (original) model's.",
+}
+"""What a distance is, by what the model puts out."""
 
 _PERPLEXITY: list[Column] = [("perplexity", format_perplexity), ("change", format_change)]
 
@@ -27,7 +35,9 @@ def search(plan: Plan) -> Table:
 
 
 def _steps(plan: Plan) -> Table:
-    """List the perplexity, dense and after each step, also on held-out sequences."""
+    """List the perplexity of the dense model and after each step, also on held-out sequences, if
+    any; of a model that only reads, the distance from the dense model's output.
+    """
     metric = plan.search.metric
     block: Column = ("block", "{}".format) if plan.nested else ("blocks", str)
     columns: list[Column] = [
@@ -38,40 +48,54 @@ def _steps(plan: Plan) -> Table:
         *_PERPLEXITY,
         ("held out", format_perplexity),
         ("change", format_change),
+        ("distance", "{:.4f}".format),
+        ("held-out distance", "{:.4f}".format),
     ]
     dense = plan.dense
     held_out = dense.held_out
     loss = dense.loss if metric == NegativeLogLikelihood.name else None
     row: list[Any] = ["dense", None, None, loss, dense.perplexity, None]
-    row += [held_out and held_out.perplexity, None]
+    row += [held_out and held_out.perplexity, None, None, None]
     rows = [row]
     for number, (removals, step) in enumerate(
         zip(plan.size_keys, plan.steps, strict=True), start=1
     ):
         removed = [step.block, step.kind] if plan.nested else [spans(removals), None]
-        row = [str(number), *removed, step.score]
-        row += [step.perplexity, step.perplexity / dense.perplexity - 1]
+        score = None if metric == OutputDistance.name else step.score
+        row = [str(number), *removed, score]
+        row += _with_change(step.perplexity, dense.perplexity)
         if step.held_out and held_out:
-            perplexity = step.held_out.perplexity
-            row += [perplexity, perplexity / held_out.perplexity - 1]
+            row += _with_change(step.held_out.perplexity, held_out.perplexity)
         else:
             row += [None, None]
+        row.append(step.distance)
+        row.append(step.held_out.loss if step.held_out and step.distance is not None else None)
         rows.append(row)
-    return tabulate("The steps of the search", columns, rows, [PERPLEXITY, _summarize(plan)])
+    words = DISTANCES[plan.model.output] if plan.model.output else PERPLEXITY
+    return tabulate("The steps of the search", columns, rows, [words, _summarize(plan)])
+
+
+def _with_change(perplexity: float | None, dense: float | None) -> list[float | None]:
+    if perplexity is None or dense is None:
+        return [None, None]
+    return [perplexity, perplexity / dense - 1]
 
 
 def perplexities(plan: Plan) -> dict[str, list[float]]:
-    """Return the perplexity of the dense model and at each size, by set of sequences."""
-    if not plan.steps:
+    """Return the perplexity of the dense model and at each size, by set of sequences.
+
+    Models that only read have none.
+    """
+    if not plan.steps or plan.dense.perplexity is None:
         return {}
     series = {"searched on": [plan.dense.perplexity]}
     for step in plan.steps:
-        series["searched on"].append(step.perplexity)
+        series["searched on"].append(step.perplexity or 0.0)
     if plan.dense.held_out:
-        held_out = [plan.dense.held_out.perplexity]
+        held_out = [plan.dense.held_out.perplexity or 0.0]
         for step in plan.steps:
             if step.held_out:
-                held_out.append(step.held_out.perplexity)
+                held_out.append(step.held_out.perplexity or 0.0)
         series["held out of the search"] = held_out
     return series
 

@@ -1,5 +1,6 @@
 """Texts in local files: running text, or lines of JSON."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,6 +11,7 @@ from sleb_cli.texts.source import (
     PARAGRAPHS,
     WHOLE,
     Draw,
+    Row,
     Text,
     TextSource,
     TextSplit,
@@ -66,17 +68,19 @@ class LocalFile(TextSource):
 
     def _text(self, content: str, split: TextSplit) -> Text:
         name = split.label(self.name)
-        documents = list[str]()
+        rows = list[Row]()
         if self.holds_conversations:
-            documents = [line.text for line in parse_lines(self.name, content, TextLine)]
-            if len(documents) >= MIN_DOCUMENTS:
-                documents = [documents[row] for row in split.rows(len(documents))]
+            lines = parse_lines(self.name, content, TextLine)
+            rows = [Row(line.text, line.query) for line in lines]
+            if len(rows) >= MIN_DOCUMENTS:
+                rows = [rows[number] for number in split.rows(len(rows))]
                 split = WHOLE
-            content = PARAGRAPHS.join(documents)
+            content = PARAGRAPHS.join(row.text for row in rows)
         if not content.strip():
             raise DataError(f"{name} is empty.", hint="Name a file that holds text.")
-        if documents and split == WHOLE:
-            return join_documents(name, documents)
+        if rows and split == WHOLE:
+            text = join_documents(name, [row.text for row in rows])
+            return replace(text, rows=tuple(rows))
         return Text(name, content[_boundary(content, split.begin) : _boundary(content, split.end)])
 
 

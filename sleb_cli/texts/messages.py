@@ -14,9 +14,10 @@ from sleb_plugins import DataError
 
 
 class TextLine(BaseModel):
-    """A line that holds a document."""
+    """A line that holds a document, or a pair of a query and a text."""
 
     text: str
+    query: str | None = None
 
 
 class Message(BaseModel, extra="allow"):

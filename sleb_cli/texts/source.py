@@ -14,6 +14,14 @@ Conversation = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
+class Row:
+    """A line of a file that holds a text, and the query that is asked of it in a pair."""
+
+    text: str
+    query: str | None = None
+
+
+@dataclass(frozen=True)
 class Text:
     """A text, or conversations in its place.
 
@@ -21,6 +29,7 @@ class Text:
         limit: the number of windows that its protocol takes, from the start.
         split: the split of a data set, if none was named; `source` names it too.
         documents: the offsets in `content` at which documents begin, if it has several.
+        rows: the lines of a file that holds a text in each.
     """
 
     source: str
@@ -29,6 +38,7 @@ class Text:
     split: str | None = None
     documents: tuple[int, ...] = ()
     conversations: tuple[Conversation, ...] = ()
+    rows: tuple[Row, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def _show_blocks(plan: Plan) -> None:
     """Show which blocks go, what the search did to find them, and its target."""
     search = plan.search
     console = stdout()
-    if len(plan.steps) >= CHART_STEPS:
+    if len(plan.steps) >= CHART_STEPS and plan.dense.perplexity is not None:
         console.print(perplexity_chart(plan, min(console.width, CHART_WIDTH)))
     lines = tables.block_strip(plan.model.blocks, tables.removed_kinds(plan), console.width)
     strip = Text("\n".join(lines))
@@ -137,8 +137,12 @@ def race_summary(plan: Plan) -> str:
 def target_summary(target: TargetRecord, plan: Plan) -> str:
     """Say what the target was, how much of it was reached, and at what cost."""
     goal = plan.request.get(target.name)
-    nats = math.log(plan.steps[-1].perplexity / plan.dense.perplexity)
-    cost = f"it cost {nats:.4f} nats per token"
+    last = plan.steps[-1]
+    if last.perplexity is None or plan.dense.perplexity is None:
+        cost = f"the distance is {last.distance:.4f}"
+    else:
+        nats = math.log(last.perplexity / plan.dense.perplexity)
+        cost = f"it cost {nats:.4f} nats per token"
     if target.name == "target_params":
         remain = f"{format_count(target.reached)} of {format_count(target.dense)} remain"
         return f"target: {goal} parameters; {remain}; {cost}"

@@ -142,6 +142,16 @@ class _BarListener:
         self._tasks[task] = self._progress.add_task(description, total=total, unit=unit, note="")
 
 
+def _removal(step: BlockRemoved) -> str:
+    removed = f"block {step.block}"
+    if step.removals is not None:
+        removed = f"blocks {_list(step.removals)}"
+    scores = f"score {step.score:.4f}"
+    if step.perplexity is not None:
+        scores += f", perplexity {step.perplexity:.2f}"
+    return f"{removed} removed, {scores}"
+
+
 def _print_sentence(event: Event, console: Console) -> None:
     match event:
         case Notice(text):
@@ -206,10 +216,8 @@ class _LogListener:
                 if done:
                     text += f", {done} of them already removed"
                 text += " …"
-            case BlockRemoved(step, block, score, perplexity, removals):
-                removed = f"block {block}" if removals is None else f"blocks {_list(removals)}"
-                scores = f"score {score:.4f}, perplexity {perplexity:.2f}"
-                text = f"step {step} of {self._remove}: {removed} removed, {scores}"
+            case BlockRemoved(step):
+                text = f"step {step} of {self._remove}: {_removal(event)}"
             case _:
                 _print_sentence(event, self._console)
                 return

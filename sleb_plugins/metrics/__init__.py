@@ -8,6 +8,7 @@ from sleb_plugins.metrics.experts import Energy, Frequency, Reap
 from sleb_plugins.metrics.kl import KlDivergence
 from sleb_plugins.metrics.magnitude import Magnitude
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
+from sleb_plugins.metrics.output import OutputDistance
 from sleb_plugins.metrics.random import RandomScore
 
 
@@ -20,5 +21,6 @@ def sleb_metrics() -> list[Metric]:
         CosineDistance(),
         AngularDistance(),
         Magnitude(),
+        OutputDistance(),
     ]
     return [*block_metrics, Energy(), Reap(), Frequency(), RandomScore()]

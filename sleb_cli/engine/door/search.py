@@ -35,6 +35,7 @@ from sleb_cli.plan import MetricRecord, TargetRecord
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import (
     AUTO,
+    DEFAULT_READER_METRIC,
     DEFAULT_SAMPLE_TOKENS,
     DEFAULT_SERVE_LENGTH,
     SearchRequest,
@@ -42,7 +43,15 @@ from sleb_cli.requests import (
     journal_of,
 )
 from sleb_cli.units import format_bytes, format_count, plural
-from sleb_plugins import ExpertMetric, MachineError, ModelMetric, UnsupportedModelError, UsageError
+from sleb_plugins import (
+    ExpertMetric,
+    LogitMetric,
+    MachineError,
+    ModelMetric,
+    OutputMetric,
+    UnsupportedModelError,
+    UsageError,
+)
 from sleb_plugins.errors import did_you_mean
 
 
@@ -56,9 +65,11 @@ def resolve_search(
     """Settle a search by the model's architecture."""
     request = _restore_settings(checked.request)
     checked = replace(checked, request=request)
-    metric = checked.metric
     device = choose_device(request.device)
     architecture = group.main_first(lambda: _read_model(checked, source, registry, notify))
+    checked = _with_fitting_metric(checked, architecture, registry)
+    request = checked.request
+    metric = checked.metric
     placement = group.from_main(
         lambda: place_model(
             architecture,
@@ -80,7 +91,9 @@ def resolve_search(
     implementation = registry.metric_record(metric)
     method = _METHODS[request.unit](checked, implementation, architecture, notify)
     sample_tokens = request.sample_tokens
-    if sample_tokens is None:
+    if architecture.reading:
+        sample_tokens = 0
+    elif sample_tokens is None:
         # A streamed model would be read whole for each token.
         sample_tokens = 0 if placement.stream else DEFAULT_SAMPLE_TOKENS
     return Search(
@@ -97,6 +110,42 @@ def resolve_search(
         registry.third_party(),
         sample_tokens,
     )
+
+
+def _with_fitting_metric(
+    checked: CheckedSearch, architecture: Architecture, registry: Registry
+) -> CheckedSearch:
+    """Give a model that only reads its default metric, and refuse what is for another model."""
+    request = checked.request
+    metric = checked.metric
+    named = architecture.source.id
+    if architecture.reading is None:
+        if isinstance(metric, OutputMetric):
+            raise UsageError(
+                f"{metric.name} scores models that only read; {named} is a language model.",
+                hint="Use --metric kl.",
+            )
+        return checked
+    if not checked.metric_given:
+        metric = registry.metric(DEFAULT_READER_METRIC)
+        request = replace(request, metric=metric.name)
+    if isinstance(metric, LogitMetric | ModelMetric):
+        raise UsageError(
+            f"{metric.name} needs a language head, and {named} only reads.",
+            hint=f"Leave out --metric, which is then {DEFAULT_READER_METRIC}.",
+        )
+    for option, value in (
+        ("--max-perplexity-ratio", request.max_perplexity_ratio),
+        ("--target-memory", request.target_memory),
+        ("--unit experts", request.unit == "experts"),
+        ("--sample-tokens", request.sample_tokens),
+    ):
+        if value:
+            raise UsageError(
+                f"{option} needs a language head, and {named} only reads.",
+                hint="Use --remove, --ratio or --target-params.",
+            )
+    return replace(checked, request=request, metric=metric)
 
 
 def _block_method(
@@ -229,6 +278,7 @@ def _calibration_settings(
         request.sequence_length,
         request.seed,
         request.chat,
+        request.prompt,
     )
     if placement.stream:  # writing each token would read the whole model
         require_given_text(text)

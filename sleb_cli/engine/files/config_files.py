@@ -32,6 +32,17 @@ MAX_JSON_BYTES = 100_000_000
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of a checkpoint."""
+    value: dict[str, Any] = _read(path, dict, "a JSON object")
+    return value
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """Read a JSON list of a checkpoint."""
+    value: list[Any] = _read(path, list, "a JSON list")
+    return value
+
+
+def _read(path: Path, kind: type, what: str) -> Any:
     hint = "Copy or download the model again."
     with reading(path), path.open("rb") as file:
         text = file.read(MAX_JSON_BYTES + 1)
@@ -39,8 +50,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = parse_json(text)
     except ValueError as error:
         raise ModelError(f"{path} is not readable JSON.", hint=hint) from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} is not a JSON object.", hint=hint)
+    if not isinstance(value, kind):
+        raise ModelError(f"{path} is not {what}.", hint=hint)
     return value
 
 

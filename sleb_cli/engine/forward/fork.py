@@ -23,6 +23,7 @@ from torch import Tensor
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
 from sleb_cli.engine.forward.states import BASE, States
 from sleb_cli.engine.forward.stores import Store, keep_on_device
+from sleb_cli.engine.model.padded import Tokens
 from sleb_cli.events import Advance, no_progress
 
 
@@ -191,7 +192,7 @@ def walk_together(skippable: SkippableModel, walks: Sequence[BatchWalk]) -> None
 
 
 def fork(
-    skippable: SkippableModel, ids: Tensor, removed: Collection[int], candidates: Sequence[int]
+    skippable: SkippableModel, ids: Tokens, removed: Collection[int], candidates: Sequence[int]
 ) -> dict[int, Tensor]:
     """Return the hidden states that leave the last block by candidate left out.
 

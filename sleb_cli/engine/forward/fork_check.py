@@ -8,15 +8,15 @@ from torch import Tensor
 from sleb_cli.engine.forward.fork import fork
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.memory import in_smaller_pieces
+from sleb_cli.engine.model.padded import Tokens
 from sleb_plugins import UnsupportedModelError
 
-# How many candidates, sequences and positions of each are compared before a search.
+# How many candidates, sequences of each are compared before a search.
 CHECKED_CANDIDATES = 4
 CHECKED_SEQUENCES = 2
-CHECKED_POSITIONS = 64
 
 
-def why_not_fork(skippable: SkippableModel, ids: Tensor) -> str | None:
+def why_not_fork(skippable: SkippableModel, ids: Tokens) -> str | None:
     """Compare a few of the fork's logits with whole passes'; return a clause on a fault."""
     count = len(skippable.switches)
     if not skippable.weights.resident:
@@ -33,19 +33,13 @@ def why_not_fork(skippable: SkippableModel, ids: Tensor) -> str | None:
         return error.message.rstrip(".")
 
 
-def _difference(skippable: SkippableModel, ids: Tensor, blocks: list[int]) -> str | None:
-    checked = min(CHECKED_POSITIONS, ids.shape[1])
+def _difference(skippable: SkippableModel, ids: Tokens, blocks: list[int]) -> str | None:
     for block, hidden in fork(skippable, ids, (), blocks).items():
         if hidden.shape[:2] != ids.shape:
             return f"{list(ids.shape)} tokens become {list(hidden.shape[:-1])} states"
-        # In two slices, since a search also computes logits slice by slice.
-        middle = -checked // 2
-        first = skippable.head(hidden[:, -checked:middle], ids[:, -checked:middle])
-        second = skippable.head(hidden[:, middle:], ids[:, middle:])
-        forked = torch.cat([first, second], dim=1)
-        plain = skippable.logits(ids, {block}, last=checked)
-        if not equal_up_to_rounding(plain[:, -checked:], forked):
-            return f"without block {block}, the fork's logits differ from those of the whole model"
+        forked, plain = skippable.ending.both_ways(skippable, ids, hidden, block)
+        if not equal_up_to_rounding(plain, forked):
+            return f"without block {block}, the fork's results differ from those of the whole model"
     return None
 
 

@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import as_float64
 from sleb_cli.engine.forward.memory_budget import settings_for
-from sleb_cli.engine.forward.predictions import Logits
 from sleb_plugins import LogitMetric
+
+if TYPE_CHECKING:
+    from sleb_cli.engine.forward.skipping import SkippableModel
+
+
+@dataclass(eq=False)
+class Predictions:
+    """The logits of a batch, computed a slice of positions at a time from the states that leave the
+    last block.
+    """
+
+    skippable: SkippableModel
+    ids: Tensor
+    hidden: Tensor
+
+    def __getitem__(self, where: tuple[slice, slice]) -> Tensor:
+        """Return logits by sequences and positions, as a tensor of all logits does."""
+        hidden = self.hidden[where].to(self.skippable.places[-1])
+        return self.skippable.head(hidden, self.ids[where])
+
+
+Logits = Tensor | Predictions
+"""The logits of a batch; a model that only runs whole has them all at once."""
 
 
 def position_slices(ids: Tensor, positions: int) -> list[slice]:

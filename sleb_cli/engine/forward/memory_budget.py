@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from sleb_cli.engine.device import free_bytes_per_process
-from sleb_cli.engine.forward.memory_needs import Footprint
+from sleb_cli.engine.model.padded import Tokens, usual_length
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.units import format_bytes
 from sleb_plugins import MachineError
+
+if TYPE_CHECKING:
+    from sleb_cli.engine.forward.memory_needs import Footprint
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class MemoryBudget:
 def resolve_memory_budget(
     available: int,
     footprint: Footprint,
-    sequences: Tensor,
+    sequences: Tokens,
     candidates: int,
     batch_size: int | None = None,
     min_batches: int = 1,
@@ -106,8 +109,9 @@ def resolve_memory_budget(
     count, length = sequences.shape
     size = batch_size
     if size is None:
-        size = max(settings.min_tokens_per_batch // length, count // min_batches)
-        size = max(1, min(size, settings.tokens_per_batch // length))
+        usual = usual_length(sequences)
+        size = max(settings.min_tokens_per_batch // usual, count // min_batches)
+        size = max(1, min(size, settings.tokens_per_batch // usual))
     size = min(size, count)
     budget = MemoryBudget(size, settings.head_positions, branches=1, kept_branches=0)
     while True:

@@ -13,6 +13,7 @@ from sleb_cli.engine.files.headers import StoredTensor
 from sleb_cli.engine.files.pickles import TORCH_DTYPES
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.model.padded import Tokens
 from sleb_cli.engine.transformers_internals import WeightConverter, get_model_conversion_mapping
 from sleb_plugins import UnsupportedModelError
 
@@ -96,7 +97,7 @@ class Footprint:
         return tokens * (3 * self.branch + self.block) + positions * self.logits + scored
 
 
-def measure_footprint(skippable: SkippableModel, ids: Tensor) -> Footprint:
+def measure_footprint(skippable: SkippableModel, ids: Tokens) -> Footprint:
     """Measure the bytes that a few tokens take; for a block's inside, go by its widest weight."""
     entering: list[Tensor] = []
     others = range(1, len(skippable.switches))
@@ -107,7 +108,7 @@ def measure_footprint(skippable: SkippableModel, ids: Tensor) -> Footprint:
             hint="Open an issue that names this family.",
         )
     hidden = entering[0]
-    logits = skippable.logits(ids, range(len(skippable.switches)))
+    logits = skippable.ending.of_model(skippable, ids, range(len(skippable.switches)))
     width = hidden.shape[-1]
     widest = width
     for switch in skippable.switches:

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.forward.fork import BatchWalk, Walk, walk_together
-from sleb_cli.engine.forward.logits import score_logits
 from sleb_cli.engine.forward.memory_budget import MemoryBudget
-from sleb_cli.engine.forward.predictions import Predictions
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import BASE, States, depths_to_keep
 from sleb_cli.engine.forward.stores import SharedInputs, Store, keep_on_device
 from sleb_cli.engine.memory import SmallerPieces
+from sleb_cli.engine.model.padded import PaddedTexts, Tokens, split
 from sleb_cli.events import Advance, Notice, Notify, no_progress
-from sleb_plugins import LogitMetric
+from sleb_plugins import LogitMetric, OutputMetric
 
 # Branches are kept at the depths of this many of a step's best candidates.
 KEPT_DEPTHS = 4
@@ -30,9 +29,9 @@ Job = tuple[int, Sequence[int]]
 Span = tuple[int, int]
 """The first and the last of consecutive blocks."""
 
-ScoreStates = Callable[[Tensor, Tensor], list[float]]
-"""Takes the states that enter and leave a span, [sequences, positions, hidden size]; returns each
-sequence's score.
+ScoreStates = Callable[[Tensor, Tensor, Tensor | None], list[float]]
+"""Takes the states that enter and leave a span, [sequences, positions, hidden size], and a mask of
+the positions that count (None: all); returns each sequence's score.
 """
 
 
@@ -53,7 +52,7 @@ class _MicroBatch:
 
     batch: int
     is_last: bool
-    ids: Tensor
+    ids: Tokens
     loss_mask: Tensor | None
     states: States = field(default_factory=States)
     dense: Tensor | None = None
@@ -82,7 +81,7 @@ class _Step:
     its progress.
     """
 
-    metric: LogitMetric
+    metric: LogitMetric | OutputMetric
     removed: Sequence[int]
     ranking: Sequence[int]
     advance: Advance
@@ -98,6 +97,7 @@ class _SpanScores:
     candidates: Sequence[int]
     longest: int
     score: ScoreStates
+    mask: Tensor | None = None
     found: dict[Span, list[float]] = field(default_factory=dict, init=False)
     _entered: dict[int, Tensor] = field(default_factory=dict, init=False)
     """The states that entered the last candidates."""
@@ -109,7 +109,7 @@ class _SpanScores:
         self._entered[block] = entering
         for first in list(self._entered):
             if block - first < self.longest:
-                self.found[first, block] = self.score(self._entered[first], leaving)
+                self.found[first, block] = self.score(self._entered[first], leaving, self.mask)
             else:
                 del self._entered[first]
 
@@ -136,7 +136,7 @@ class Passes:
     """Calibration sequences in batches on the model's device, and their passes."""
 
     skippable: SkippableModel
-    batches: Sequence[Tensor]
+    batches: Sequence[Tokens]
     budget: MemoryBudget
     notify: Notify
     forks: bool = True
@@ -162,14 +162,14 @@ class Passes:
         """The numbers of the batches."""
         return range(self.first, self.first + len(self.batches))
 
-    def over(self, sequences: Tensor, loss_mask: Tensor | None) -> Passes:
+    def over(self, sequences: Tokens, loss_mask: Tensor | None) -> Passes:
         """Return passes over other sequences, in batches of this size that follow these, and keep
         no states.
         """
         size = self.budget.sequences
         return replace(
             self,
-            batches=torch.split(sequences, size),
+            batches=split(sequences, size),
             loss_mask=None if loss_mask is None else torch.split(loss_mask, size),
             budget=replace(self.budget, kept_branches=0),
             first=self.numbers.stop,
@@ -177,7 +177,7 @@ class Passes:
 
     def score(
         self,
-        metric: LogitMetric,
+        metric: LogitMetric | OutputMetric,
         removed: Sequence[int],
         jobs: Sequence[Job],
         ranking: Sequence[int] = (),
@@ -268,14 +268,17 @@ class Passes:
                 scored.append((micro, block, scores))
         return scored
 
-    def _score_states(self, metric: LogitMetric, micro: _MicroBatch, hidden: Tensor) -> list[float]:
+    def _score_states(
+        self, metric: LogitMetric | OutputMetric, micro: _MicroBatch, hidden: Tensor
+    ) -> list[float]:
         """Return each sequence's score, given the hidden states that leave the last block."""
+        ending = self.skippable.ending
         dense = None
         if metric.needs_dense_logits and micro.dense is not None:
-            dense = Predictions(self.skippable, micro.ids, micro.dense)
-        scores = score_logits(
+            dense = ending.of_states(self.skippable, micro.ids, micro.dense)
+        scores = ending.scores(
             metric,
-            Predictions(self.skippable, micro.ids, hidden),
+            ending.of_states(self.skippable, micro.ids, hidden),
             micro.ids,
             dense,
             loss_mask=micro.loss_mask,
@@ -284,16 +287,17 @@ class Passes:
         return scores.tolist()
 
     def _score_by_whole_passes(self, step: _Step, candidates: _Candidates) -> list[_Scored]:
+        ending = self.skippable.ending
         scored = []
         for micro, blocks in candidates.items():
             self.watch(micro.batch)
             if step.metric.needs_dense_logits and micro.dense is None:
-                micro.dense = self.skippable.logits(micro.ids, ())
+                micro.dense = ending.of_model(self.skippable, micro.ids, ())
             dense = micro.dense if step.metric.needs_dense_logits else None
             for block in blocks:
-                logits = self.skippable.logits(micro.ids, {*step.removed, block})
-                scores = score_logits(
-                    step.metric, logits, micro.ids, dense, loss_mask=micro.loss_mask
+                result = ending.of_model(self.skippable, micro.ids, {*step.removed, block})
+                scores = ending.scores(
+                    step.metric, result, micro.ids, dense, loss_mask=micro.loss_mask
                 )
                 step.advance(len(micro.ids))
                 scored.append((micro, block, scores.tolist()))
@@ -328,8 +332,11 @@ class Passes:
             with pieces:
                 missing = [batch for batch in batches if batch not in finished]
                 for micro_batches in self._walk_groups(missing):
-                    start = partial(_SpanScores, candidates, longest, score)
-                    found = self._score_spans(micro_batches, removed, start)
+                    spans = []
+                    for micro in micro_batches:
+                        mask = micro.ids.mask if isinstance(micro.ids, PaddedTexts) else None
+                        spans.append(_SpanScores(candidates, longest, score, mask))
+                    found = self._score_spans(micro_batches, removed, spans)
                     for micro, of_micro in zip(micro_batches, found, strict=True):
                         of_batch = scores[micro.batch]
                         for span, micro_scores in of_micro.items():
@@ -342,10 +349,9 @@ class Passes:
         self,
         micro_batches: Sequence[_MicroBatch],
         removed: Sequence[int],
-        start: Callable[[], _SpanScores],
+        spans: Sequence[_SpanScores],
     ) -> list[dict[Span, list[float]]]:
         """Run micro-batches through the model as it stands; return the scores of each."""
-        spans = [start() for _ in micro_batches]
         if self.forks:
             store = self.store
             if self.skippable.weights.resident:

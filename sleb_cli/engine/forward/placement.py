@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from sleb_cli.engine.device import cpu_dtypes, dtype_name, parse_dtype
+from sleb_cli.engine.forward.ending import ending_of
 from sleb_cli.engine.forward.memory_needs import model_bytes
 from sleb_cli.engine.forward.offload import OffloadedBlocks, offloaded_values
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -35,7 +36,11 @@ def open_model(architecture: Architecture, placement: Placement, notify: Notify)
                 architecture, placement.dtype, placement.device, placement.rounded
             )
         return SkippableModel(
-            streamed.model, streamed.modules, device=placement.device, weights=streamed
+            streamed.model,
+            streamed.modules,
+            device=placement.device,
+            weights=streamed,
+            ending=ending_of(architecture, placement.device),
         )
 
     # Any other: transformers puts each weight straight to its place.
@@ -66,10 +71,12 @@ def open_model(architecture: Architecture, placement: Placement, notify: Notify)
             )
 
     blocks = architecture.blocks_of(model)
+    ending = ending_of(architecture, placement.device)
     values = offloaded_values(model)
     if values is None:
-        return SkippableModel(model, blocks)
-    return SkippableModel(model, blocks, weights=OffloadedBlocks(values, list(blocks)))
+        return SkippableModel(model, blocks, ending=ending)
+    weights = OffloadedBlocks(values, list(blocks))
+    return SkippableModel(model, blocks, weights=weights, ending=ending)
 
 
 def place_model(

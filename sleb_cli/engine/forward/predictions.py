@@ -1,4 +1,4 @@
-"""The predictions of a model at each position of a batch, with few logits in memory at a time."""
+"""The predictions of models without several sets of blocks, which share their walks."""
 
 from __future__ import annotations
 
@@ -9,26 +9,9 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.forward.fork import SizesWalk, walk_together
+from sleb_cli.engine.forward.logits import Predictions
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.stores import SharedInputs, keep_on_device, to_cpu
-
-
-@dataclass(eq=False)
-class Predictions:
-    """A batch's logits from the last block's output, computed a slice of positions at a time."""
-
-    skippable: SkippableModel
-    ids: Tensor
-    hidden: Tensor
-
-    def __getitem__(self, where: tuple[slice, slice]) -> Tensor:
-        """Return logits by sequences and positions, as a tensor of all logits does."""
-        hidden = self.hidden[where].to(self.skippable.places[-1])
-        return self.skippable.head(hidden, self.ids[where])
-
-
-Logits = Tensor | Predictions
-"""The logits of a batch; a model that only runs whole has them all at once."""
 
 
 def predict_together(

@@ -19,6 +19,7 @@ from sleb_cli.engine.forward.memory_needs import Footprint, measure_footprint
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.stores import keep_on_device, to_cpu
+from sleb_cli.engine.model.padded import Tokens, split
 from sleb_cli.events import Notify
 from sleb_cli.units import format_bytes
 from sleb_plugins import MachineError, UnsupportedModelError
@@ -30,7 +31,7 @@ OTHER_BRANCHES = 4
 
 def prepare_passes(
     skippable: SkippableModel,
-    sequences: Tensor,
+    sequences: Tokens,
     notify: Notify,
     *,
     loss_mask: Tensor | None = None,
@@ -63,7 +64,7 @@ def prepare_passes(
     if reason and batch_size is None:  # all logits of a batch exist together
         fitting = available // 4 // (sequences.shape[1] * footprint.logits)
         budget = replace(budget, sequences=max(1, min(budget.sequences, fitting)))
-    batches = torch.split(sequences, budget.sequences)
+    batches = split(sequences, budget.sequences)
     masks = None
     if loss_mask is not None:
         masks = torch.split(loss_mask, budget.sequences)

@@ -20,7 +20,9 @@ from torch.utils.hooks import RemovableHandle
 
 from sleb_cli.engine.device import input_device
 from sleb_cli.engine.forward.block_weights import BlockWeights, execution_device
+from sleb_cli.engine.forward.ending import Ending, LanguageHead
 from sleb_cli.engine.forward.offload import align
+from sleb_cli.engine.model.padded import Tokens
 from sleb_cli.engine.third_party import error_saying, translate_errors
 from sleb_plugins import UnsupportedModelError
 from sleb_plugins.errors import explain_out_of_memory
@@ -122,9 +124,9 @@ class SkippableModel:
     Every pass raises UnsupportedModelError if the family's code fails, and OutOfMemory if the
     device is out of memory.
 
-    Shapes: `ids` is [batch, positions], hidden states are [batch, positions, hidden size], logits
-    are [batch, positions, vocabulary]. The KV cache is off throughout: a skipped block would leave
-    a hole in it.
+    Shapes: `ids` is [batch, positions], as a tensor or as padded texts; hidden states are [batch,
+    positions, hidden size], logits [batch, positions, vocabulary]. The KV cache is off throughout:
+    a skipped block would leave a hole in it.
     """
 
     def __init__(
@@ -134,8 +136,10 @@ class SkippableModel:
         *,
         device: torch.device | None = None,
         weights: BlockWeights | None = None,
+        ending: Ending | None = None,
     ) -> None:
         self.model = model
+        self.ending = ending or LanguageHead()
         self.device: torch.device = device or input_device(model)
         """Where its tokens go in, and its logits come out."""
         self.weights = weights or BlockWeights()
@@ -145,7 +149,8 @@ class SkippableModel:
         """Where each block computes."""
         self._head_hook: RemovableHandle | None = None
         self._cache_settings = []
-        for config in (model.config, model.generation_config):
+        for name in ("config", "generation_config"):
+            config: Any = getattr(model, name, None)
             if hasattr(config, "use_cache"):
                 self._cache_settings.append((config, config.use_cache))
 
@@ -191,11 +196,23 @@ class SkippableModel:
         With `last`, return the logits of the last positions, if the family supports that.
         """
         self.skip(removed)
-        return self._forward(ids, last=last)
+        return self._logits(ids, last=last)
+
+    def outputs(self, ids: Tokens, removed: Collection[int]) -> Any:
+        """Return what transformers' model returns without the removed blocks."""
+        self.skip(removed)
+        return self._forward(ids)
+
+    def outputs_of(self, hidden: Tensor, ids: Tokens) -> Any:
+        """Return what the model returns for hidden states that leave the last block."""
+        # The model itself runs, for its final norm, its head, and the family's own steps.
+        self.skip(range(len(self.switches)))
+        self.switches[-1].inject = hidden
+        return self._forward(ids)
 
     def run_with_hook(
         self,
-        ids: Tensor,
+        ids: Tokens,
         removed: Collection[int],
         hook: Callable[[int, Tensor, Tensor], None],
         start: tuple[int, Tensor] | None = None,
@@ -226,7 +243,7 @@ class SkippableModel:
     ) -> None:
         hook(block, entering.to(self.device), leaving.to(self.device))
 
-    def calls(self, ids: Tensor) -> list[Call]:
+    def calls(self, ids: Tokens) -> list[Call]:
         """Record the inputs of each block for these tokens; no block runs, so it costs little."""
         self.skip(range(len(self.switches)))
         calls: list[Call] = []
@@ -282,21 +299,28 @@ class SkippableModel:
 
     def head(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Return the logits of the last block's output, for a slice of positions with its `ids`."""
-        # The model itself runs, for its final norm, its head, and the family's own steps. Positions
-        # do not depend on each other there, so no logits need to exist beyond the slice.
-        self.skip(range(len(self.switches)))
-        self.switches[-1].inject = hidden
-        return self._forward(ids)
+        # Positions do not depend on each other there, so no logits need to exist beyond the slice.
+        return _require_values(self.outputs_of(hidden, ids).logits, "the model")
 
     def backward(self, states: Tensor, gradient: Tensor) -> None:
         """Backpropagate the gradient of a pass's `states` to the trainable parameters."""
         with self._translate_errors(states.shape, "backwards"):
             torch.autograd.backward(states, gradient)
 
-    def _forward(self, ids: Tensor, *, last: int = 0) -> Tensor:
-        options = {}
-        if last and "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+    def _logits(self, ids: Tensor, *, last: int = 0) -> Tensor:
+        return _require_values(self._forward(ids, last=last).logits, "the model")
+
+    def _forward(self, ids: Tokens, *, last: int = 0) -> Any:
+        accepted = inspect.signature(self.model.forward).parameters
+        options: dict[str, Any] = {}
+        if last and "logits_to_keep" in accepted:
             options["logits_to_keep"] = last
+        if isinstance(ids, Tensor):
+            options |= {"input_ids": ids, "use_cache": False}
+        else:
+            options |= ids.inputs()
+            if "use_cache" in accepted:
+                options["use_cache"] = False
         skipped = [index for index, switch in enumerate(self.switches) if switch.skip]
         without = f"without blocks {skipped}" if skipped else ""
         runs = self._blocks_that_run()
@@ -304,8 +328,7 @@ class SkippableModel:
             if not self.weights.resident:
                 for block in runs:
                     self.switches[block].fetch = partial(visit.load, block)
-            logits: Tensor = self.model(input_ids=ids, use_cache=False, **options).logits
-        return _require_values(logits, "the model")
+            return self.model(**options)
 
     def _blocks_that_run(self) -> list[int]:
         """Return the blocks that are not skipped, and the first of each class that is not known."""

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from sleb_cli.engine.device import CPU
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
+from sleb_cli.engine.model.padded import Tokens
 
 Store = Callable[[Tensor], Tensor]
 """Moves hidden states to where they wait."""
@@ -42,7 +43,7 @@ class SharedInputs:
     store: Store
     _shared: list[Tensor] = field(default_factory=list, init=False)
 
-    def calls(self, ids: Tensor) -> list[Call]:
+    def calls(self, ids: Tokens) -> list[Call]:
         """Record the blocks' calls for these tokens, reusing equal tensors of earlier calls."""
         calls = self.skippable.calls(ids)
         entering = self.store(calls[0].entering)

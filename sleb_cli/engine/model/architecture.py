@@ -19,14 +19,17 @@ from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
 )
 
 from sleb_cli.atomic import writing
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files.tensors import float_dtypes
 from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering, find_block_numbering
+from sleb_cli.engine.model.reading import Reading, find_reading
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.model.structure import Structure, refine_kinds, shared_weights, structure_of
 from sleb_cli.engine.third_party import translate_transformers_errors
@@ -65,6 +68,8 @@ class Architecture:
     config: Any
     claimed_by: FamilyAdapter | None
     """The family that claims the model's type, if any."""
+    reading: Reading | None = None
+    """How it reads, if it only reads; None for a language model."""
 
     @cached_property
     def skeleton(self) -> nn.Module:
@@ -109,8 +114,11 @@ class Architecture:
 
     @property
     def auto_class(self) -> Any:
-        """The auto class that loads the whole model; None if it is no language model."""
+        """The auto class that loads the whole model; None if sleb has no use for it."""
         kind = type(self.config)
+        if self.reading is not None:
+            is_vector = self.reading.output == "vectors"
+            return AutoModel if is_vector else AutoModelForSequenceClassification
         if self.text_config is not self.config and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             return AutoModelForImageTextToText
         if kind in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(self.config, "auto_map"):
@@ -242,6 +250,7 @@ class Architecture:
             blocks=self.block_count,
             code=self.source.code,
             dtype=dtype_name(self.dtype) if self.dtype else None,
+            output=self.reading.output if self.reading else None,
         )
 
     @property
@@ -253,6 +262,8 @@ class Architecture:
     @property
     def longest_sequence(self) -> int | None:
         """The number of positions that the model supports; None without a limit."""
+        if self.reading and self.reading.longest:
+            return self.reading.longest
         limit = getattr(self.text_config, "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
@@ -265,15 +276,9 @@ def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -
             config, or belongs to a family whose blocks cannot be removed.
     """
     config = _read_config(source)
-    architecture = Architecture(source, config, registry.family(config.model_type))
-    encoder_only = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
-        config, "is_decoder", True
-    )
-    if config.is_encoder_decoder or encoder_only or not architecture.auto_class:
-        raise UnsupportedModelError(
-            f"{source.id} ({config.model_type}) is not a decoder-only language model.",
-            hint="sleb needs a model that AutoModelForCausalLM can load.",
-        )
+    reading = find_reading(source, config, notify)
+    architecture = Architecture(source, config, registry.family(config.model_type), reading)
+    _require_use(architecture)
     text = architecture.text_config
     for family in (architecture.claimed_by, registry.family(text.model_type)):
         if family is not None and family.refusal:
@@ -300,6 +305,27 @@ def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -
     if shared_weights(architecture.blocks_of(architecture.skeleton)):
         raise _refused(architecture, "its blocks share weights with one another")
     return architecture
+
+
+def _require_use(architecture: Architecture) -> None:
+    """Refuse a model that neither predicts the next token nor makes one result of a text."""
+    config = architecture.config
+    named = f"{architecture.source.id} ({config.model_type})"
+    encodes_only = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
+        config, "is_decoder", True
+    )
+    if config.is_encoder_decoder or architecture.auto_class is None:
+        raise UnsupportedModelError(
+            f"{named} is not a decoder-only language model, an embedding model or a classifier.",
+            hint="sleb needs one that AutoModelForCausalLM, sentence-transformers or "
+            "AutoModelForSequenceClassification can load.",
+        )
+    if encodes_only and architecture.reading is None:
+        raise UnsupportedModelError(
+            f"{named} predicts masked tokens, and its text has no vector and no class to keep.",
+            hint="Fine-tune it first, or save it as an embedding model with sentence-transformers: "
+            "SentenceTransformer(FOLDER).save(NEW_FOLDER).",
+        )
 
 
 def _refused(architecture: Architecture, why: str) -> UnsupportedModelError:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sleb_cli.engine.files.config_files import read_json
+from sleb_cli.engine.files.config_files import read_json, read_json_list
 from sleb_cli.engine.files.copying import links_outside, reading
 from sleb_cli.engine.files.fingerprint import (
     Watch,
@@ -24,6 +24,9 @@ from sleb_cli.events import Notice, Notify
 from sleb_cli.names import local_path
 from sleb_cli.requests import DEMO, require_text
 from sleb_plugins import ModelError, UsageError
+
+MODULES = "modules.json"
+"""The file of a sentence-transformers model that lists what its texts go through."""
 
 _CHAT_TEMPLATES = "additional_chat_templates"
 
@@ -94,12 +97,26 @@ class ModelSource:
             for path in self.folder.iterdir()
             if _DECIDES.fullmatch(path.name) and path.suffix != ".py"
         ]
-        files = [path for path in (*files, *templates.glob("*.jinja")) if path.is_file()]
+        files += templates.glob("*.jinja")
+        files += self._module_files()
+        files = [path for path in files if path.is_file()]
         self.watch.add(*files)
         # A fingerprint reads samples of large tensors. The time of change tells the rest.
         stamps = [stamp_of(path) for path in self.weights.paths]
         parts = (self.fingerprint, str(stamps), str(self.code), hash_files(self.folder, files))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def _module_files(self) -> list[Path]:
+        """Return the settings and weights of the modules of a sentence-transformers model."""
+        listing = self.folder / MODULES
+        if not listing.is_file():
+            return []
+        files = [listing, self.folder / "sentence_bert_config.json"]
+        files.append(self.folder / "config_sentence_transformers.json")
+        for module in read_json_list(listing):
+            if module["path"]:
+                files += (self.folder / module["path"]).glob("*")
+        return files
 
     def require_own_code(self) -> None:
         """Refuse trusted code of another repository, which cannot be pinned."""

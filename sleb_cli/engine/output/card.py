@@ -170,6 +170,9 @@ def _searched(plan: Plan | None) -> list[_Row]:
         return []
     if plan.parts is None:
         title = f"{plan.calibration.title} (searched on)"
+        if plan.perplexity is None or plan.dense.perplexity is None:
+            distance = plan.steps[-1].distance if plan.steps else 0.0
+            return [_Row([f"distance, {title}", "0", f"{distance:.4f}", ""])]
         return [_perplexity_row(title, plan.dense.perplexity, plan.perplexity)]
     rows = []
     for text in plan.parts.texts:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import CPU
+from sleb_cli.engine.forward.logits import Logits, Predictions
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.memory_needs import states_bytes
-from sleb_cli.engine.forward.predictions import Logits, Predictions, predict_together
+from sleb_cli.engine.forward.predictions import predict_together
 from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.memory import in_smaller_pieces

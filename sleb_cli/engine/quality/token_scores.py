@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.forward.logits import float32_slices, position_slices
-from sleb_cli.engine.forward.predictions import Logits
+from sleb_cli.engine.forward.logits import Logits, float32_slices, position_slices
 from sleb_cli.engine.statistics import clustered_mean
 from sleb_cli.results import DivergenceRecord
 

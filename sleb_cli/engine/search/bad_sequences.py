@@ -10,11 +10,11 @@ from torch import Tensor
 
 from sleb_cli.engine.device import dtype_name, hint_for_nonfinite
 from sleb_cli.engine.forward.passes import Passes, Span
+from sleb_cli.engine.model.padded import ids_of
 from sleb_cli.engine.search.inputs import SearchInputs
 from sleb_cli.engine.search.journal import Journal
 from sleb_cli.engine.search.settings import Search
 from sleb_plugins import ModelError
-from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 # How much of a sequence is quoted to find it in its text.
 QUOTED_TOKENS = 16
@@ -38,7 +38,7 @@ def require_sound(search: Search, inputs: SearchInputs, passes: Passes, journal:
     row, where = bad[0]
     count = len(calibration.sequences)
     dtype = search.placement.dtype
-    text = inputs.tokenizer.decode(calibration.sequences[row, :QUOTED_TOKENS].tolist())
+    text = inputs.tokenizer.decode(ids_of(calibration.sequences)[row, :QUOTED_TOKENS].tolist())
     message = (
         f"{search.architecture.source.id} computes NaN or infinity in {dtype_name(dtype)}, before "
         f"any removal: in {where}, on calibration sequence {row + 1} of {count}, which is from "
@@ -57,7 +57,7 @@ def _find_bad_sequences(passes: Passes) -> list[tuple[int, str]]:
     bad = []
     first_row = 0
     jobs = [(batch, ()) for batch in passes.numbers]
-    for batch, _, losses in passes.score(NegativeLogLikelihood(), (), jobs):
+    for batch, _, losses in passes.score(passes.skippable.ending.loss_metric, (), jobs):
         for row, loss in enumerate(losses):
             where = _first_nonfinite(finite[batch], row)
             if where is None and not math.isfinite(loss):
@@ -68,7 +68,7 @@ def _find_bad_sequences(passes: Passes) -> list[tuple[int, str]]:
     return bad
 
 
-def _finite_sides(entering: Tensor, leaving: Tensor) -> list[float]:
+def _finite_sides(entering: Tensor, leaving: Tensor, mask: Tensor | None) -> list[float]:
     # For each sequence 2 if its states before and after the block are finite, 1 if only those
     # before are, else 0.
     before = entering.isfinite().flatten(1).all(1)

@@ -70,6 +70,8 @@ def _open_model(search: Search, group: ProcessGroup, notify: Notify) -> Skippabl
     # Where the check would cost a read of the weights, or where rounding may choose other experts,
     # only the proof of `apply` tells.
     may_round = placement.dtype.itemsize < 4 and "expert" in str(architecture.text_config)
+    if architecture.reading:
+        return model
     if group.is_main and model.weights.resident and not placement.device_map and not may_round:
         _warn_without_kv_cache(model, search, notify)
     return model

@@ -65,16 +65,19 @@ def _increases(dense: Sequence[float], pruned: Sequence[float]) -> list[float]:
     return [after - before for before, after in zip(dense, pruned, strict=True)]
 
 
-def perplexity(scoring: Scoring, loss: float, opening: str) -> float:
-    """Return the perplexity, or raise a ModelError if it is not finite.
+def perplexity(scoring: Scoring, loss: float, opening: str) -> float | None:
+    """Return the perplexity, or None of a model that only reads.
 
-    Its message begins with `opening` ("Without block 5").
+    Raises:
+        ModelError: it is not finite; the message begins with `opening` ("Without block 5").
     """
+    if scoring.passes.skippable.ending.output and math.isfinite(loss):
+        return None
     if not loss < MAX_LOSS:
         dtype = scoring.passes.skippable.model.dtype
         raise ModelError(
-            f"{opening}, the calibration loss is {loss} nats per token in {dtype_name(dtype)}, so "
-            "the perplexity is not finite.",
+            f"{opening}, the calibration loss is {loss} in {dtype_name(dtype)}, so the perplexity "
+            "is not finite.",
             hint=hint_for_nonfinite(dtype),
         )
     return math.exp(loss)

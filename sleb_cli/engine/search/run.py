@@ -242,6 +242,7 @@ def _step(choice: Choice, before: tuple[int, ...], method: BlockMethod, scoring:
         kind=method.removable.architecture.kinds[block],
         score=choice.score,
         perplexity=perplexity(scoring, loss, opening),
+        distance=loss if scoring.passes.skippable.ending.output else None,
         scores=scores,
         race=choice.outcome.race,
         held_out=measure_held_out(scoring, choice.removals, opening, method.remove),

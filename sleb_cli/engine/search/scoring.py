@@ -25,8 +25,14 @@ from sleb_cli.engine.search.race import Race, rounds
 from sleb_cli.engine.search.shares import own_shares
 from sleb_cli.events import SCORING_TASK, Advance, Notice, Notify, no_progress, task
 from sleb_cli.plan import Method
-from sleb_plugins import HiddenStateMetric, LogitMetric, Metric, ModelMetric, WeightMetric
-from sleb_plugins.metrics.nll import NegativeLogLikelihood
+from sleb_plugins import (
+    HiddenStateMetric,
+    LogitMetric,
+    Metric,
+    ModelMetric,
+    OutputMetric,
+    WeightMetric,
+)
 
 
 def engine_of(metric: Metric, passes: Passes) -> Method:
@@ -70,18 +76,19 @@ class Scoring:
     def losses(
         self, removed: Sequence[int], *, held_out: bool = False, advance: Advance = no_progress
     ) -> list[float]:
-        """Return the negative log-likelihood of each sequence without these blocks, in nats per
-        token.
+        """Return the loss of each sequence without these blocks: the negative log-likelihood in
+        nats per token, or the distance from what the dense model puts out.
         """
         removed = tuple(removed)
-        if removed and not held_out and type(self.metric) is NegativeLogLikelihood:
+        loss_metric = self.passes.skippable.ending.loss_metric
+        if removed and not held_out and type(self.metric) is type(loss_metric):
             # The scores of the last removed block are these losses.
             scores = self.journal.scores(removed[:-1], removed[-1], self._batches)
             if len(scores) == self.sequences:
                 return scores
         passes = self.held_out if held_out else self.passes
         assert passes is not None
-        self._score_tokens(passes, NegativeLogLikelihood(), removed, (), passes.numbers, advance)
+        self._score_tokens(passes, loss_metric, removed, (), passes.numbers, advance)
         return self.journal.scores(removed, None, passes.numbers)
 
     def score(self, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
@@ -94,7 +101,7 @@ class Scoring:
         metric = self.metric
         evaluations = len(candidates) * self.sequences
         with task(self.notify, SCORING_TASK, evaluations, "evaluations") as advance:
-            if isinstance(metric, LogitMetric):
+            if isinstance(metric, LogitMetric | OutputMetric):
                 outcome = self._score_logits(metric, removed, candidates, advance)
             elif isinstance(metric, HiddenStateMetric):
                 spans = [(block,) for block in candidates]
@@ -140,7 +147,7 @@ class Scoring:
     @torch.inference_mode()
     def _score_logits(
         self,
-        metric: LogitMetric,
+        metric: LogitMetric | OutputMetric,
         removed: tuple[int, ...],
         candidates: Sequence[int],
         advance: Advance,
@@ -152,7 +159,7 @@ class Scoring:
 
     def _race(
         self,
-        metric: LogitMetric,
+        metric: LogitMetric | OutputMetric,
         removed: tuple[int, ...],
         candidates: Sequence[int],
         advance: Advance,
@@ -179,7 +186,7 @@ class Scoring:
     def _score_tokens(
         self,
         passes: Passes,
-        metric: LogitMetric,
+        metric: LogitMetric | OutputMetric,
         removed: tuple[int, ...],
         candidates: Sequence[int],
         batches: Iterable[int | None],
@@ -281,7 +288,7 @@ class Scoring:
         advance: Advance,
     ) -> Outcome:
         skippable = self.passes.skippable
-        sequences = torch.cat(tuple(self.passes.batches))
+        sequences = torch.cat([batch for batch in self.passes.batches if isinstance(batch, Tensor)])
         missing = self._missing([(removed, block, None) for block in candidates], advance)
         for share in self._deal(missing):
             for _, block, _ in share:
@@ -357,7 +364,13 @@ def jobs_of(names: Iterable[Name]) -> list[Job]:
     return list(candidates.items())
 
 
-def _mean_over_tokens(metric: HiddenStateMetric, entering: Tensor, leaving: Tensor) -> list[float]:
-    scores = metric.score_tokens(entering.float(), leaving.float())
-    means: list[float] = as_float64(scores).mean(-1).tolist()
+def _mean_over_tokens(
+    metric: HiddenStateMetric, entering: Tensor, leaving: Tensor, mask: Tensor | None
+) -> list[float]:
+    scores = as_float64(metric.score_tokens(entering.float(), leaving.float()))
+    if mask is None:
+        means: list[float] = scores.mean(-1).tolist()
+        return means
+    counted = mask.to(scores.device)
+    means = ((scores * counted).sum(-1) / counted.sum(-1)).tolist()
     return means

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from sleb_cli.checks.mixture import interleave
+from sleb_cli.engine.model.padded import ids_of, join
 from sleb_cli.engine.text.chat import cut_conversations, render, require_template
 from sleb_cli.engine.text.own_chat import write_conversations
 from sleb_cli.engine.text.own_text import generate_own_text
+from sleb_cli.engine.text.passages import items_of, pad_texts, sort_in_runs
 from sleb_cli.engine.text.settings import CalibrationSettings, require_mixable
 from sleb_cli.engine.text.windows import (
     adds_bos,
@@ -28,17 +30,18 @@ from sleb_cli.events import Notice, Notify, ignore, task
 from sleb_cli.plan import CalibrationRecord
 from sleb_cli.texts.named import text_source, writes_conversations
 from sleb_cli.texts.source import WHOLE, Draw
+from sleb_plugins import DataError
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibration sequences, int64 [sequences, length], and their record.
+    """The calibration sequences, int64 [sequences, length] or `PaddedTexts`, and their record.
 
     `loss_mask` marks the tokens whose prediction counts, bool of the same shape; None for all.
     `origins` names the source of each sequence.
     """
 
-    sequences: Tensor
+    sequences: Any
     record: CalibrationRecord
     loss_mask: Tensor | None
     origins: tuple[str, ...]
@@ -67,7 +70,7 @@ class Calibration:
         return replace(self, sequences=self.sequences.to(device), loss_mask=loss_mask)
 
 
-Sequences = tuple[Tensor, Tensor | None]
+Sequences = tuple[Any, Tensor | None]
 """Sequences, and their loss mask (None: all tokens count)."""
 
 
@@ -175,7 +178,7 @@ def join_sequences(rows: Sequence[Sequences]) -> Sequences:
 
     All tokens of a source without a loss mask count.
     """
-    sequences = torch.cat([tokens for tokens, _ in rows])
+    sequences = join([tokens for tokens, _ in rows])
     if all(mask is None for _, mask in rows):
         return sequences, None
     return sequences, torch.cat([whole_mask(tokens, mask) for tokens, mask in rows])
@@ -192,15 +195,17 @@ def _interleave_sources(draft: _Draft, tokenizer: Any) -> Calibration:
             counts.append(len(rows[-1][0]))
             origins += [source] * counts[-1]
     order = interleave(counts)
+    if settings.shape:
+        order = sort_in_runs(join_sequences(rows)[0], settings.seed)
     sequences, loss_mask = take_sequences(join_sequences(rows), order)
     record = CalibrationRecord(
         source=settings.source,
         seed=settings.seed,
         sequences=len(sequences),
         sequence_length=settings.sequence_length,
-        bos=not settings.is_reference and begin_with_bos(tokenizer, sequences),
+        bos=not settings.is_reference and begin_with_bos(tokenizer, ids_of(sequences)),
         chat=settings.chat,
-        tokens_sha256=tokens_sha256(sequences),
+        tokens_sha256=tokens_sha256(ids_of(sequences)),
     )
     return Calibration(sequences, record, loss_mask, tuple(origins[row] for row in order))
 
@@ -265,6 +270,15 @@ def read_windows(
     required = samples if settings.samples_given and split == WHOLE else None
     chat = settings.chat is not None and source.holds_conversations
     text = source.read(Draw(samples, length, settings.seed, split, chat))
+    if settings.shape:
+        items = items_of(text)
+        if required is not None and len(items) < required:
+            raise DataError(
+                f"{name} has {len(items)} texts, not {required}.",
+                hint=f"Take {len(items)} or fewer from it.",
+            )
+        drawn = [items[row] for row in draw(len(items), samples, settings.seed)]
+        return pad_texts(tokenizer, drawn, settings.shape), None
     if chat:
         answers = settings.chat == "answers"
         rendered = [

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from sleb_cli.checks.mixture import divide, parse_mixture
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.text.passages import TextShape, shape_of
 from sleb_cli.engine.text.windows import choose_length
 from sleb_cli.requests import (
     DEFAULT_CALIBRATION,
     DEFAULT_LENGTH,
     DEFAULT_SAMPLES,
+    DEFAULT_TEXTS,
     DEMO,
     DEMO_CALIBRATION,
     DEMO_LENGTH,
@@ -21,7 +23,7 @@ from sleb_cli.requests import (
 )
 from sleb_cli.texts.data_set import REFERENCE_ROWS
 from sleb_cli.texts.named import is_reference, is_written, text_source
-from sleb_cli.texts.source import WHOLE, TextSplit
+from sleb_cli.texts.source import WHOLE, TextSource, TextSplit
 from sleb_plugins import UsageError
 
 
@@ -32,7 +34,8 @@ class CalibrationSettings:
     `shares` are by source. `samples` counts the sequences of all sources together; for a reference
     preset, it counts rows of text. Sequences are drawn from the part `split` of each source.
     `writer` identifies the model in the cache of the text that it writes (None: no cache). With
-    `own_answers` and no `chat`, only its answers count in conversations that it writes.
+    `own_answers` and no `chat`, only its answers count in conversations that it writes. `shape` is
+    how texts become sequences of a model that reads, each of its own length.
     """
 
     source: str
@@ -45,6 +48,7 @@ class CalibrationSettings:
     split: TextSplit = WHOLE
     writer: str | None = None
     own_answers: bool = False
+    shape: TextShape | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -73,6 +77,7 @@ def resolve_calibration(
     sequence_length: int | None = None,
     seed: int | None = None,
     chat: Chat | None = None,
+    prompt: str | None = None,
 ) -> CalibrationSettings:
     """Resolve the settings; None stands for a default.
 
@@ -84,6 +89,8 @@ def resolve_calibration(
     usual, default, length = DEFAULT_CALIBRATION, DEFAULT_SAMPLES, DEFAULT_LENGTH
     if architecture.source.id == DEMO:
         usual, default, length = DEMO_CALIBRATION, DEMO_SAMPLES, DEMO_LENGTH
+    if architecture.reading:
+        default = DEFAULT_TEXTS
     source = source or usual
     shares = parse_mixture(source)
     sources = [text_source(name) for name in shares]
@@ -97,19 +104,40 @@ def resolve_calibration(
         text.prompts()  # missing prompts are found before a model is loaded
     if any(text.is_reference for text in sources):
         default = REFERENCE_ROWS
+    length = choose_length(sequence_length, architecture, length)
+    shape = shape_of(architecture, length, prompt)
+    if shape is not None:
+        _require_readable(sources, chat)
     settings = CalibrationSettings(
         source=source,
         shares=shares,
         samples=samples or default,
-        sequence_length=choose_length(sequence_length, architecture, length),
+        sequence_length=length,
         seed=seed or 0,
         chat=chat,
         samples_given=samples is not None,
         writer=architecture.source.content_hash,
+        shape=shape,
     )
     if len(shares) > 1:
         require_mixable(settings, shares)
     return settings
+
+
+def _require_readable(sources: Sequence[TextSource], chat: Chat | None) -> None:
+    """Raise a UsageError for a text that a model which only reads has no use for."""
+    if chat is not None:
+        raise UsageError(
+            "--chat is for language models; this model reads single texts.",
+            hint="Leave out --chat.",
+        )
+    for source in sources:
+        if source.is_written or source.is_reference:
+            why = "this model writes none" if source.is_written else "it is one running text"
+            raise UsageError(
+                f"{source.name} is no text for a model that only reads: {why}.",
+                hint="Name a .jsonl file of texts such as it will read, or wikitext2.",
+            )
 
 
 def require_mixable(settings: CalibrationSettings, needed: Collection[str]) -> None:
