@@ -126,6 +126,7 @@ def test_all_parts_and_sizes_of_texts_are_measured_in_one_read(
     assert reads[0] == reads[1]
 
 
+@pytest.mark.slow
 def test_hidden_states_wait_in_host_memory(
     sleb, llama_plan, text_file, tmp_path, monkeypatch, simulate
 ):

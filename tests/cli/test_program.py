@@ -8,6 +8,7 @@ import torch
 
 import sleb_cli
 import sleb_cli.ui.plugins  # bound before a test replaces what it imports
+from conftest import slow
 from sleb_cli import __main__ as program
 from sleb_cli.engine import device
 from sleb_plugins import errors
@@ -49,13 +50,15 @@ def test_the_version_names_what_a_bug_report_needs_and_no_secret(
 
 NOT_FOR_ALL = ["datasets", "lm_eval", "scipy.stats", "sleb_cli.engine.recovery.recover"]
 # What commands must not have imported, in one process: so each line holds for those above it, too.
-NOT_IMPORTED = [
+AT_ONCE = [
     *(([command, "--help"], [*HEAVY, "sleb_cli.plan"]) for command in COMMANDS),
     (["plugins"], ["torch", "numpy", *NOT_FOR_ALL]),
     *(
         (f"export PLAN --to {to}".split(), ["torch", *NOT_FOR_ALL])
         for to in ("indices", "table", "report")
     ),
+]
+ON_TORCH = [
     (["--version"], ["transformers", *NOT_FOR_ALL]),
     (
         "apply MODEL --blocks 1 -o bare --no-verify".split(),
@@ -74,9 +77,10 @@ NOT_IMPORTED = [
 ]
 
 
-def test_a_command_imports_only_what_it_needs(tiny_llama, llama_plan, text_file, tmp_path):
+@pytest.mark.parametrize("lines", [AT_ONCE, slow(ON_TORCH)], ids=["at once", "on torch"])
+def test_a_command_imports_only_what_it_needs(tiny_llama, llama_plan, text_file, tmp_path, lines):
     code = "import sys; from sleb_cli.__main__ import main\n"
-    for words, others in NOT_IMPORTED:
+    for words, others in lines:
         given = {"MODEL": str(tiny_llama), "PLAN": llama_plan.name, "TEXT": str(text_file)}
         words = [given.get(word, word) for word in words]
         if words[:2] == ["bench", str(tiny_llama)]:  # without the processes that measure the memory
