@@ -92,6 +92,16 @@ WORDS = (
 ).split()
 
 
+@cache
+def _installed(path: tuple[str, ...], group: str) -> Any:
+    return entry_points(group=group)
+
+
+# All commands share one tree of options, and one look through what is installed: most of the time
+# of a command that is refused.
+typer.main.get_command = cache(typer.main.get_command)
+plugin_manager.entry_points = lambda group: _installed(tuple(sys.path), group)
+
 # Read before each test gets its own cache: where `sleb search demo` left the 135M model.
 USERS_CACHE = cache_root()
 
@@ -131,19 +141,6 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _built_once() -> Iterator[None]:
-    """Build the tree of commands, and look through what is installed, once for all commands."""
-    get_command = cache(typer.main.get_command)
-    installed = cache(lambda path, group: entry_points(group=group))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(typer.main, "get_command", get_command)
-        patch.setattr(
-            plugin_manager, "entry_points", lambda group: installed(tuple(sys.path), group)
-        )
-        yield
 
 
 @pytest.fixture(autouse=True)
