@@ -1,6 +1,7 @@
 """`sleb search` on models that only read, through `main()`."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -33,23 +34,14 @@ def texts(tmp_path):
 @pytest.fixture
 def search_reader(run_sleb, texts, tmp_path):
     """Search a reader on these texts, require an exit code, and return the result and the plan."""
+    return partial(searched, run_sleb, texts, tmp_path / "plan.json")
 
-    def run(model, *options, remove=2, samples=16, code=0):
-        words = [
-            "--calibration",
-            texts,
-            "--samples",
-            samples,
-            "--remove",
-            remove,
-            "--force",
-            *NO_SAMPLE,
-        ]
-        result = run_sleb("search", model, *words, *options)
-        assert result.exit_code == code, result.stderr
-        return result, (None if code else read_plan(tmp_path / "plan.json"))
 
-    return run
+def searched(run_sleb, texts, plan, model, *options, remove=2, samples=16, code=0):
+    words = ["--calibration", texts, "--samples", samples, "--remove", remove, "--force"]
+    result = run_sleb("search", model, *words, *NO_SAMPLE, *options)
+    assert result.exit_code == code, result.stderr
+    return result, (None if code else read_plan(plan))
 
 
 def of_each(folder, texts, removed, *, prompt="", auto=AutoModel, longest=64):
@@ -138,14 +130,22 @@ def test_held_out_texts_tell_of_overfitting(search_reader, tiny_encoder):
     assert "held-out distance" in " ".join(result.stdout.split())
 
 
-def test_another_ending_needs_no_more_than_its_outputs(search_reader, monkeypatch, tiny_classifier):
-    class First(ending.Classes):
-        def outputs(self, output, texts):
-            return output.logits[:, :2].float()
+class FirstTwo(ending.Classes):
+    """A fourth ending: two of the numbers that a model puts out, as of a reranker that says yes."""
 
-    monkeypatch.setattr(placement, "ending_of", lambda architecture, device: First())
-    _, plan = search_reader(tiny_classifier)
-    assert len(plan.removals) == 2
+    def outputs(self, output, texts):
+        return output.logits[:, :2].float()
+
+
+def test_another_ending_needs_no_more_than_its_outputs(
+    search_reader, monkeypatch, texts, tiny_classifier
+):
+    monkeypatch.setattr(placement, "ending_of", lambda architecture, device: FirstTwo())
+    _, plan = search_reader(tiny_classifier, samples=len(TEXTS), remove=1)
+    of_block = partial(of_each, tiny_classifier, texts, auto=AutoModelForSequenceClassification)
+    dense = of_block(())[:, :2]
+    expected = {n: float(divergence(of_block({n})[:, :2], dense).mean()) for n in range(1, 5)}
+    assert plan.steps[0].scores == pytest.approx(expected, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize(
