@@ -1,0 +1,80 @@
+"""The vectors of embedding models are those that sentence-transformers computes."""
+
+from functools import partial
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
+
+from conftest import architecture_of, prose
+from encoders import bert_config, save_reader, word_pieces
+from sleb_cli.engine.forward.placement import open_model
+from sleb_cli.engine.model.reading import POOLING_MODES
+from sleb_cli.engine.surgery.loading import Placement
+from sleb_cli.engine.text.passages import TextShape, pad_texts
+from sleb_cli.events import ignore
+
+TEXTS = [" ".join(prose(40).split()[:count]) for count in (1, 3, 9, 30, 90)]
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    """A decoder that embeds, with padding on the left."""
+    config = Qwen3Config(
+        vocab_size=160,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_hidden_layers=4,
+        max_position_embeddings=64,
+    )
+    pieces = word_pieces(prose(200))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=pieces.backend_tokenizer,
+        pad_token="[PAD]",
+        padding_side="left",
+        model_max_length=64,
+    )
+    return save_reader(tmp_path_factory.mktemp("decoder"), tokenizer, config)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A BERT without a head."""
+    return save_reader(tmp_path_factory.mktemp("encoder"), word_pieces(prose(200)), bert_config())
+
+
+MODULES = {
+    **{
+        mode: [lambda width, mode=mode: Pooling(width, pooling_mode=mode)] for mode in POOLING_MODES
+    },
+    "two modes": [partial(Pooling, pooling_mode=["cls", "mean"])],
+    "dense": [
+        partial(Pooling, pooling_mode="mean"),
+        lambda width: Dense(width, 16, activation_function=torch.nn.GELU()),
+        lambda width: Dense(16, 8, bias=False, activation_function=torch.nn.Identity()),
+        lambda width: Normalize(),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+@pytest.mark.parametrize("modules", MODULES.values(), ids=MODULES)
+def test_vectors_are_those_of_sentence_transformers(request, tmp_path, kind, modules):
+    start = Transformer(str(request.getfixturevalue(kind)), max_seq_length=40)
+    others = [make(start.get_word_embedding_dimension()) for make in modules]
+    stock = SentenceTransformer(modules=[start, *others], device="cpu")
+    stock.save(str(tmp_path / "stock"))
+    stock = SentenceTransformer(str(tmp_path / "stock"), device="cpu", local_files_only=True)
+    architecture = architecture_of(tmp_path / "stock")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "stock")
+    texts = pad_texts(tokenizer, TEXTS, TextShape(architecture.longest_sequence))
+    placement = Placement(torch.device("cpu"), torch.float32)
+    with open_model(architecture, placement, ignore) as model, torch.inference_mode():
+        ours = model.ending.of_model(model, texts.split(len(texts))[0], ())
+    expected = stock.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
