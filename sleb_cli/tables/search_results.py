@@ -55,7 +55,8 @@ def _steps(plan: Plan) -> Table:
     held_out = dense.held_out
     loss = dense.loss if metric == NegativeLogLikelihood.name else None
     row: list[Any] = ["dense", None, None, loss, dense.perplexity, None]
-    row += [held_out and held_out.perplexity, None, None, None]
+    at_start = 0.0 if plan.model.output else None
+    row += [held_out and held_out.perplexity, None, at_start, None]
     rows = [row]
     for number, (removals, step) in enumerate(
         zip(plan.size_keys, plan.steps, strict=True), start=1
@@ -105,7 +106,11 @@ def _summarize(plan: Plan) -> str:
     words = f"{search.strategy} search by {search.metric}"
     if search.fast:
         words += ", raced"
-    words += f"; calibrated on {plan.calibration}"
+    text = str(plan.calibration)
+    if plan.model.output:
+        read = plan.calibration
+        text = f"{read.title}: {read.sequences} texts of up to {read.sequence_length} tokens"
+    words += f"; calibrated on {text}"
     if search.held_out:
         words += f" ({search.held_out} of them held out)"
     dtype = plan.model.computed_in(search.dtype)
