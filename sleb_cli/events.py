@@ -56,11 +56,15 @@ class TaskFinished(Event):
 
 @dataclass(frozen=True)
 class HealChecked(Event):
-    """The divergence in the last step and on validation text; `share` of the budget is used."""
+    """The divergence in the last step and on validation text; `share` of the budget is used.
+
+    `measure` is what it is called: "KL to the dense model".
+    """
 
     share: float
     divergence: float
     validation: float
+    measure: str
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,8 @@ class EnvironmentRecord(Record):
 
 class LossesRecord(Record):
     """The loss on a text, and the KL divergence from the dense model to this one, both in nats per
-    token.
+    token; of a model that only reads, both are the mean distance from what the dense model puts
+    out.
     """
 
     loss: float
@@ -281,7 +282,7 @@ class HealRecord(Record):
     generating the text.
 
     Training changes each matrix by one of `rank`, or of half the matrix's own rank if that is
-    lower. `losses` are of the best point, kept after `kept_tokens`; `stopped` says what ended
+    lower; of a model that only reads, `rank` is null, as all weights of the blocks change. `losses` are of the best point, kept after `kept_tokens`; `stopped` says what ended
     the training.
     """
 
@@ -290,7 +291,7 @@ class HealRecord(Record):
     sequence_length: int
     batch_size: int
     learning_rate: float
-    rank: int
+    rank: int | None
     tokens: int
     kept_tokens: int
     steps: int
@@ -347,6 +348,11 @@ class RecoveryRecord(Record):
         return measured
 
     @property
+    def is_of_reader(self) -> bool:
+        """Whether the losses are distances of a model that only reads."""
+        return self.heal is not None and self.heal.rank is None
+
+    @property
     def summary(self) -> str:
         """The share of the lost nats that is back, and the share of the divergence that is left, in
         words.
@@ -355,6 +361,9 @@ class RecoveryRecord(Record):
         divergence.
         """
         _, written, _ = self.models[-1]
+        left = written.left_of(self.pruned)
+        if self.is_of_reader:
+            return f"{left:.0%} of the distance from the dense model is left"
         lost = self.pruned.loss - self.dense.loss
         if lost <= 0:
             nats = "the removal did not raise the loss there"
@@ -362,7 +371,6 @@ class RecoveryRecord(Record):
             nats = "all of the lost nats are back, and more, by adapting to the text"
         else:
             nats = f"{(self.pruned.loss - written.loss) / lost:.0%} of the lost nats are back"
-        left = written.left_of(self.pruned)
         return f"{nats}; {left:.0%} of the divergence from the dense model is left"
 
 

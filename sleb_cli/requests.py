@@ -95,6 +95,10 @@ RECOVERY_SELF_TOKENS = 32_768
 """If the model writes all the text: writing a token takes as long as fitting several."""
 RECOVERY_LENGTH = 256
 """Shorter than in a search: the same number of tokens costs less and recovers as much."""
+HEALING_TEXTS = 4096
+"""How many texts a model that only reads is healed on."""
+READER_LENGTH = 128
+"""The most tokens of such a text."""
 
 _MAX_SEED = 2**63 - 1
 _MAX_THREADS = 4096
@@ -579,12 +583,13 @@ class ApplyRequest(OneSizeRequest):
         "Number of sequences, up to a fifth of them for validation and up to a tenth for the test.",
         _RECOVERY,
         default=f"{RECOVERY_TOKENS:,} tokens, or {RECOVERY_SELF_TOKENS:,} if the model writes them "
-        f"all",
+        f"all; {HEALING_TEXTS:,} texts of a model that only reads",
     )
     sequence_length: int | None = option(
         "Tokens per sequence.",
         _RECOVERY,
-        default=f"{RECOVERY_LENGTH}, or the model's limit",
+        default=f"{RECOVERY_LENGTH}, or the model's limit; at most {READER_LENGTH} of texts of a "
+        "model that only reads",
         minimum=2,
     )
     seed: int | None = option(

@@ -38,10 +38,10 @@ def save_always(monkeypatch):
     monkeypatch.setattr(saved_state, "MAX_SAVING_SHARE", float("inf"))
 
 
-def interrupt_healing(monkeypatch, step):
+def interrupt_healing(monkeypatch, step, distillation=Distillation):
     """Have healing save after every step, and end like Ctrl-C before the given one."""
     save_always(monkeypatch)
-    add_gradient = Distillation.add_gradient
+    add_gradient = distillation.add_gradient
     steps = []
 
     def few(*arguments):
@@ -50,7 +50,7 @@ def interrupt_healing(monkeypatch, step):
             raise KeyboardInterrupt
         return add_gradient(*arguments)
 
-    monkeypatch.setattr(Distillation, "add_gradient", few)
+    monkeypatch.setattr(distillation, "add_gradient", few)
     return steps
 
 

@@ -207,9 +207,9 @@ class _LogListener:
                 if estimate is None:
                     return
                 text = f"{task}: {estimate}"
-            case HealChecked(share, divergence, validation):
-                kl = f"KL to the dense model {divergence:.4f}, on validation text {validation:.4f}"
-                text = f"healing, {share:.0%}: {kl}"
+            case HealChecked(share, divergence, validation, measure):
+                distance = f"{measure} {divergence:.4f}, on validation text {validation:.4f}"
+                text = f"healing, {share:.0%}: {distance}"
             case SearchStarted(blocks, remove, done):
                 self._remove = remove
                 text = f"Search: {remove} of {blocks} blocks"

@@ -96,10 +96,13 @@ def _show_checkpoint(result: ApplyResult) -> None:
     else:
         print_line(_NOT_VERIFIED)
     if result.removals and not result.recovery:
-        print_line(
-            "--recover would win back a fifth to three fifths of what was lost, in minutes to an "
-            "hour"
-        )
+        if result.model.output:
+            print_line("--heal would bring it closer to the dense model, in ten minutes")
+        else:
+            print_line(
+                "--recover would win back a fifth to three fifths of what was lost, in minutes to "
+                "an hour"
+            )
     folder = in_shell(result.folder)
     print_to_copy(f"to run it: transformers serve {folder}, or vllm serve {folder}")
     print_to_copy(f"to publish it: hf upload ORG/NAME {folder} --private")

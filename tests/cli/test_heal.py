@@ -22,6 +22,7 @@ from sleb_cli.engine.door import recovery as door
 from sleb_cli.engine.output import checkpoint as writing
 from sleb_cli.engine.recovery import training
 from sleb_cli.engine.recovery.distillation import Distillation
+from sleb_cli.engine.recovery.heal import Heal
 from sleb_cli.plan import read_plan
 from sleb_plugins import ProofError
 
@@ -165,7 +166,7 @@ def test_it_stops_without_gains_and_keeps_the_best_point(healed, tiny_llama, tmp
 
 def test_it_starts_from_the_closed_form(healed, monkeypatch):
     standing_in(monkeypatch, ["model.layers.5.mlp.down_proj.weight", "model.norm.weight"])
-    monkeypatch.setattr(training, "LEARNING_RATE", 0.0)
+    monkeypatch.setattr(Heal, "rate", 0.0)
     healed("--recover --heal-tokens 512")
     assert recovery().heal.losses == recovery().closed_form_losses != recovery().pruned
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from sleb_cli.engine.recovery import low_rank
-from sleb_cli.engine.recovery.low_rank import BETAS, CLIP, LowRank, rank_of
+from sleb_cli.engine.recovery.flat_weights import BETAS, CLIP
+from sleb_cli.engine.recovery.low_rank import LowRank, rank_of
 
 SHAPES = [(24, 16), (3, 10, 12)]
 """A matrix, and a stack of experts."""

@@ -15,7 +15,7 @@ from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.memory import memory_shortage
 from sleb_cli.engine.output.checkpoint import Output
 from sleb_cli.engine.recovery.closed_form import ClosedForm
-from sleb_cli.engine.recovery.heal import Heal
+from sleb_cli.engine.recovery.heal import Heal, HealReader
 from sleb_cli.engine.recovery.heal_budget import HealBudget
 from sleb_cli.engine.recovery.saved_state import begun_dtype, saved_bytes
 from sleb_cli.engine.recovery.stage import HIDDEN_STATES, RecoverySettings, Stage
@@ -32,6 +32,8 @@ from sleb_cli.requests import (
     AUTO,
     DEFAULT_CALIBRATION,
     DEFAULT_HEAL_MINUTES,
+    HEALING_TEXTS,
+    READER_LENGTH,
     RECOVERY_LENGTH,
     RECOVERY_SELF_TOKENS,
     RECOVERY_TOKENS,
@@ -41,10 +43,11 @@ from sleb_cli.texts.named import is_reference, is_written, text_source
 from sleb_cli.texts.source import TextSplit
 from sleb_cli.texts.written import SELF, SELF_CHAT
 from sleb_cli.units import format_bytes, plural
-from sleb_plugins import DataError, MachineError, UnsupportedModelError
+from sleb_plugins import DataError, MachineError, UnsupportedModelError, UsageError
 
-TRAIN, VALIDATION, TEST = TextSplit(0, 0.7), TextSplit(0.7, 0.9), TextSplit(0.9, 1)
+SPLITS = (TextSplit(0, 0.7), TextSplit(0.7, 0.9), TextSplit(0.9, 1))
 """Values are fitted to the first split, chosen by the second, and measured on the third."""
+READER_SPLITS = (TextSplit(0, 0.9), TextSplit(0.9, 0.95), TextSplit(0.95, 1))
 MIN_SEQUENCES = 5
 MAX_TOKENS_HELD_OUT = 8192
 """Of validation and of test: every fit runs the model on all of the validation text."""
@@ -56,6 +59,12 @@ def resolve_recovery(
     """Decide on which text, in which data type and where a model is recovered."""
     architecture = subject.architecture
     surgery = subject.surgery
+    if architecture.reading and request.recover:
+        raise UsageError(
+            f"--recover fits what language models add to their hidden states, and "
+            f"{architecture.source.id} only reads.",
+            hint="Use --heal: it trains the blocks to put out what the dense model does.",
+        )
     if architecture.is_quantized:
         raise UnsupportedModelError(
             f"{architecture.source.id} is quantized, so its blocks cannot be recovered.",
@@ -66,11 +75,12 @@ def resolve_recovery(
     # says.
     written = [output.dtype] if output.dtype else float_dtypes(architecture.source.weights)
     stored = min([*written, target], key=lambda dtype: dtype.itemsize)
-    stages = _stages(request)
+    stages = _stages(request, HealReader if architecture.reading else Heal)
 
     # An unfinished recovery goes on in the data type that it began in.
     dtype = begun_dtype(output.path, dtype_name(stored)) or AUTO
-    if target is torch.float16:  # gradients and sums may leave its range
+    # Gradients and sums may leave the range of float16. All weights that are trained are float32.
+    if target is torch.float16 or architecture.reading:
         dtype = "float32"
     placement = _place(subject, request, stages, output, dtype, notify)
     text = _resolve_text(request, subject, stream=placement.stream)
@@ -80,12 +90,13 @@ def resolve_recovery(
     on_host = _check_memory(subject, stages, placement, text)
     saved = sum(stage.saved_bytes(surgery, stored) for stage in stages)
     kept_bytes = max(0, saved - saved_bytes(output.path))
+    splits = _splits(text, READER_SPLITS if architecture.reading else SPLITS)
     return RecoverySettings(
-        surgery, stages, placement, stored, on_host, _splits(text), output.path, kept_bytes
+        surgery, stages, placement, stored, on_host, splits, output.path, kept_bytes
     )
 
 
-def _stages(request: ApplyRequest) -> tuple[Stage, ...]:
+def _stages(request: ApplyRequest, heal: type[Heal]) -> tuple[Stage, ...]:
     stages: list[Stage] = []
     if request.recover:
         stages.append(ClosedForm())
@@ -93,7 +104,7 @@ def _stages(request: ApplyRequest) -> tuple[Stage, ...]:
         minutes = request.heal_minutes
         if minutes is None and request.heal_tokens is None:
             minutes = DEFAULT_HEAL_MINUTES
-        stages.append(Heal(HealBudget(minutes, request.heal_tokens)))
+        stages.append(heal(HealBudget(minutes, request.heal_tokens)))
     return tuple(stages)
 
 
@@ -150,11 +161,15 @@ def _check_memory(
     return on_host
 
 
-def _splits(text: CalibrationSettings) -> list[CalibrationSettings]:
-    most = MAX_TOKENS_HELD_OUT // text.sequence_length
-    validation = max(1, min(text.samples // 5, most))
-    test = max(1, min(text.samples // 10, most))
-    counts = {TRAIN: text.samples - validation - test, VALIDATION: validation, TEST: test}
+def _splits(
+    text: CalibrationSettings, splits: tuple[TextSplit, TextSplit, TextSplit]
+) -> list[CalibrationSettings]:
+    train, validation, test = splits
+    counts = {}
+    for split in (validation, test):
+        share = round(text.samples * (split.end - split.begin), 6)
+        counts[split] = max(1, min(int(share), MAX_TOKENS_HELD_OUT // text.sequence_length))
+    counts = {train: text.samples - sum(counts.values()), **counts}
     return [replace(text, samples=samples, split=split) for split, samples in counts.items()]
 
 
@@ -173,6 +188,8 @@ def _require_free(device: torch.device, needed: Mapping[str, int], last: Stage) 
 def _resolve_text(request: ApplyRequest, subject: Subject, *, stream: bool) -> CalibrationSettings:
     """Fill unset options with the defaults; fitting weights takes more text than a search."""
     architecture = subject.architecture
+    if architecture.reading:
+        return _resolve_reader_text(request, subject)
     length = request.sequence_length or choose_length(None, architecture, RECOVERY_LENGTH)
     source = request.calibration or _default_source(subject, stream=stream)
     text = resolve_calibration(
@@ -183,12 +200,43 @@ def _resolve_text(request: ApplyRequest, subject: Subject, *, stream: bool) -> C
     if not (text.samples_given or is_reference(text.source)):
         tokens = RECOVERY_SELF_TOKENS if all(map(is_written, text.shares)) else RECOVERY_TOKENS
         text = replace(text, samples=max(MIN_SEQUENCES, tokens // length))
+    _require_divisible(text)
+    return text
+
+
+def _require_divisible(text: CalibrationSettings) -> None:
     if text.samples < MIN_SEQUENCES:
         raise DataError(
             f"{plural(text.samples, 'sequence')} cannot be divided into training, validation and "
             f"test.",
             hint=f"Use --samples {MIN_SEQUENCES} or more.",
         )
+
+
+def _resolve_reader_text(request: ApplyRequest, subject: Subject) -> CalibrationSettings:
+    """Fill unset options of a model that only reads: many texts, like those of the search."""
+    architecture = subject.architecture
+    length = choose_length(None, architecture, READER_LENGTH)
+    source = DEFAULT_CALIBRATION
+    prompt = request.prompt
+    if subject.plan:
+        length = min(length, subject.plan.calibration.sequence_length)
+        source = subject.plan.calibration.source
+        searched_with = subject.plan.request.get("prompt")
+        if prompt is None and searched_with:
+            prompt = str(searched_with)
+    text = resolve_calibration(
+        architecture,
+        request.calibration or source,
+        request.samples,
+        request.sequence_length or length,
+        request.seed,
+        request.chat,
+        prompt,
+    )
+    if not text.samples_given:
+        text = replace(text, samples=HEALING_TEXTS)
+    _require_divisible(text)
     return text
 
 

@@ -302,10 +302,13 @@ class SkippableModel:
         # Positions do not depend on each other there, so no logits need to exist beyond the slice.
         return _require_values(self.outputs_of(hidden, ids).logits, "the model")
 
-    def backward(self, states: Tensor, gradient: Tensor) -> None:
-        """Backpropagate the gradient of a pass's `states` to the trainable parameters."""
-        with self._translate_errors(states.shape, "backwards"):
-            torch.autograd.backward(states, gradient)
+    def backward(self, result: Tensor, gradient: Tensor, shape: torch.Size) -> None:
+        """Backpropagate the gradient of a pass's `result` to the trainable parameters.
+
+        `shape` is that of the pass's tokens.
+        """
+        with self._translate_errors(shape, "backwards"):
+            torch.autograd.backward(result, gradient)
 
     def _logits(self, ids: Tensor, *, last: int = 0) -> Tensor:
         return _require_values(self._forward(ids, last=last).logits, "the model")

@@ -57,6 +57,16 @@ class Batch(NamedTuple):
         """How many next tokens count."""
         return int(self.counted[:, 1:].sum())
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens the sequences have."""
+        return self.ids.numel()
+
+    def split(self, size: int) -> list[Batch]:
+        """Cut into batches of `size` sequences."""
+        pieces = zip(*(torch.split(tensor, size) for tensor in self), strict=True)
+        return [Batch(*tensors) for tensors in pieces]
+
 
 @dataclass(frozen=True)
 class Distillation:
@@ -100,7 +110,7 @@ class Distillation:
             torch.autograd.backward(ours, gradient)
             total += divergence
         assert leaf.grad is not None
-        self.student.skippable.backward(states, leaf.grad)
+        self.student.skippable.backward(states, leaf.grad, ids.shape)
         return total / batch.targets
 
 

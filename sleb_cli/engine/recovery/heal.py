@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.recovery.distillation import Distillation
+from sleb_cli.engine.recovery.flat_weights import FlatWeights, WholeWeights
 from sleb_cli.engine.recovery.heal_budget import HealBudget
-from sleb_cli.engine.recovery.low_rank import RANK, LowRank, rank_of, trained_numbers
+from sleb_cli.engine.recovery.low_rank import RANK, LowRank, trained_numbers
+from sleb_cli.engine.recovery.outputs import OutputSet
 from sleb_cli.engine.recovery.saved_state import DIGITS
 from sleb_cli.engine.recovery.stage import Job, Stage, kept_blocks
-from sleb_cli.engine.recovery.training import LEARNING_RATE, Progress, Training
+from sleb_cli.engine.recovery.training import Progress, Training, TransferSet
+from sleb_cli.engine.recovery.training_text import LanguageSet
 from sleb_cli.engine.recovery.variant import Variant
 from sleb_cli.engine.surgery.loading import load_pruned
 from sleb_cli.engine.surgery.surgery import Surgery
@@ -40,9 +44,17 @@ SAVED_BYTES = 16
 
 @dataclass(frozen=True)
 class Heal(Stage):
-    """Training of the kept blocks within a budget."""
+    """Training of the kept blocks within a budget: of a language model, by low-rank changes.
+
+    Attributes:
+        rate: the highest learning rate; steps are relative to the size of each weight
+            (`low_rank.py`).
+        rank: of the changes; None if all numbers are trained.
+    """
 
     budget: HealBudget
+    rate: ClassVar[float] = 1.5e-3
+    rank: ClassVar[int | None] = RANK
 
     title = "Healing"
     model = "healed"
@@ -54,12 +66,12 @@ class Heal(Stage):
         # Both models share the original values, and all else.
         blocks = kept_blocks(surgery)
         weights = sum(parameter.numel() for block in blocks for parameter in block.parameters())
-        state = _max_trained_numbers(surgery) * TRAINING_BYTES
+        state = self._max_trained_numbers(surgery) * TRAINING_BYTES
         return {"the trained weights": weights * dtype.itemsize, "the state of training": state}
 
     def saved_bytes(self, surgery: Surgery, stored: torch.dtype) -> int:
         """Return the bytes of the saved training at most."""
-        return _max_trained_numbers(surgery) * SAVED_BYTES
+        return self._max_trained_numbers(surgery) * SAVED_BYTES
 
     def run(
         self, job: Job, values: Mapping[str, Tensor]
@@ -68,29 +80,26 @@ class Heal(Stage):
         architecture = job.settings.surgery.architecture
         names = architecture.block_names(job.settings.surgery.kept)
         model, parameters = _student(job, values)
-        with SkippableModel(model, architecture.blocks_of(model)) as pruned:
-            first = _first_trained(job, pruned, values)
+        blocks = architecture.blocks_of(model)
+        with SkippableModel(model, blocks, ending=job.dense.ending) as pruned:
+            first = self.first_trained(job, pruned, values)
             weights: dict[str, nn.Parameter] = {}
             for name, parameter in parameters.items():
                 block = names.block_of(name) or 0
-                if block >= first and rank_of(parameter.shape):
+                if block >= first and self.trained_numbers(parameter.shape):
                     weights[name] = parameter
-            # The student shares memory with the dense model where nothing was fitted: that stays,
-            # and the weights move out.
-            originals = [weight.data for weight in weights.values()]
-            for weight in weights.values():
-                weight.data = weight.data.clone()
-            trained = LowRank(list(weights.values()), originals, job.settings.stored)
-            distillation = Distillation(Variant(job.dense), Variant(pruned), first)
+            trained = self.trained(job, list(weights.values()))
+            texts = self.texts(job, pruned, first)
             unit = "s" if self.budget.tokens is None else "tokens"
             with task(job.notify, HEAL_TASK, self.budget.total, unit) as advance:
                 training = Training(
-                    job, self.budget, distillation, trained, self._name_in_state(job), advance
+                    job, self.budget, texts, trained, self.rate, self._name_in_state(job), advance
                 )
                 stopped = training.run()
-        healed = {name: weight.detach() for name, weight in weights.items()}
+        stored = job.settings.stored
+        healed = {name: weight.detach().to(stored) for name, weight in weights.items()}
         length = job.validation.sequences.shape[1]
-        done = _EndedTraining(length, training.size, training.progress, stopped)
+        done = _EndedTraining(length, texts.size, training.progress, stopped)
         return {**values, **healed}, done
 
     def fields(self, done: _EndedTraining, losses: LossesRecord) -> dict[str, Any]:
@@ -101,8 +110,8 @@ class Heal(Stage):
             token_budget=self.budget.tokens,
             sequence_length=done.sequence_length,
             batch_size=done.batch_size,
-            learning_rate=LEARNING_RATE,
-            rank=RANK,
+            learning_rate=self.rate,
+            rank=self.rank,
             tokens=progress.tokens,
             kept_tokens=progress.best_tokens,
             steps=progress.steps,
@@ -126,6 +135,59 @@ class Heal(Stage):
         }
         return f"healing {name_of(depends)[:DIGITS]}"
 
+    def trained_numbers(self, shape: Sequence[int]) -> int:
+        """Count the numbers that are trained for a weight of this shape."""
+        return trained_numbers(shape)
+
+    def first_trained(self, job: Job, pruned: SkippableModel, values: Mapping[str, Tensor]) -> int:
+        """Return the block that training begins at."""
+        return _first_trained(job, pruned, values)
+
+    def trained(self, job: Job, weights: Sequence[nn.Parameter]) -> FlatWeights:
+        """Return what moves these weights."""
+        # The student shares memory with the dense model where nothing was fitted: that stays, and
+        # the weights move out.
+        originals = [weight.data for weight in weights]
+        for weight in weights:
+            weight.data = weight.data.clone()
+        return LowRank(weights, originals, job.settings.stored)
+
+    def texts(self, job: Job, pruned: SkippableModel, first: int) -> TransferSet:
+        """Return the text to train on, and the distillation on it."""
+        return LanguageSet(job, Distillation(Variant(job.dense), Variant(pruned), first))
+
+    def _max_trained_numbers(self, surgery: Surgery) -> int:
+        # Blocks well before the gap are not trained.
+        total = 0
+        for block in kept_blocks(surgery):
+            for parameter in block.parameters():
+                total += self.trained_numbers(parameter.shape)
+        return total
+
+
+@dataclass(frozen=True)
+class HealReader(Heal):
+    """Training of all weights of the blocks, of a model that only reads."""
+
+    rate: ClassVar[float] = 1e-4
+    rank: ClassVar[int | None] = None
+
+    def trained_numbers(self, shape: Sequence[int]) -> int:
+        """Count the numbers of a weight."""
+        return math.prod(shape)
+
+    def first_trained(self, job: Job, pruned: SkippableModel, values: Mapping[str, Tensor]) -> int:
+        """Begin at the first block: nothing is shared."""
+        return 0
+
+    def trained(self, job: Job, weights: Sequence[nn.Parameter]) -> FlatWeights:
+        """Return what moves these weights."""
+        return WholeWeights(weights)
+
+    def texts(self, job: Job, pruned: SkippableModel, first: int) -> TransferSet:
+        """Return the text to train on, with the dense model's outputs."""
+        return OutputSet(job, pruned)
+
 
 @dataclass(frozen=True)
 class _EndedTraining:
@@ -135,14 +197,6 @@ class _EndedTraining:
     batch_size: int
     progress: Progress
     stopped: Literal["budget", "patience"]
-
-
-def _max_trained_numbers(surgery: Surgery) -> int:
-    # Blocks well before the gap are not trained.
-    blocks = kept_blocks(surgery)
-    return sum(
-        trained_numbers(parameter.shape) for block in blocks for parameter in block.parameters()
-    )
 
 
 def _student(job: Job, values: Mapping[str, Tensor]) -> tuple[Any, dict[str, nn.Parameter]]:

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sleb_cli.engine.recovery.flat_weights import FlatWeights
+
 RANK = 64
 REFERENCE_SIZE = 0.19
 """The root mean square of SmolLM2-135M's weights, for which the learning rate was chosen."""
 INITIAL = 1 / 24
 """The largest entry of A at first."""
-BETAS = (0.9, 0.95)
 ROWS_AT_ONCE = 256
-CLIP = 1.0
-"""The largest norm of a gradient; a larger one is scaled down to it."""
 
 
 def rank_of(shape: Sequence[int]) -> int:
@@ -65,7 +64,7 @@ class _Change:
         self.up_gradient.add_(gradient @ down.mT, alpha=self.scale)
 
 
-class LowRank:
+class LowRank(FlatWeights):
     """Changes B A to some weights, and the AdamW that moves them, in float32.
 
     B is [..., out, rank], and A [..., rank, in].
@@ -81,20 +80,8 @@ class LowRank:
     ) -> None:
         self._stored = stored
         size = sum(trained_numbers(weight.shape) for weight in weights)
-        device = weights[0].device
-        # One flat tensor for all, so that a fused step is one pass over memory.
-        self.values = nn.Parameter(torch.zeros(size, device=device))
-        self._gradient = torch.zeros_like(self.values)
-        self._adam = torch.optim.AdamW([self.values], betas=BETAS, weight_decay=0.0, fused=True)
-        # As its first step makes it, but at once, so that a saved state has the same tensors at any
-        # time.
-        self._adam.state[self.values] = {
-            "step": torch.zeros((), device=device),
-            "exp_avg": torch.zeros_like(self.values),
-            "exp_avg_sq": torch.zeros_like(self.values),
-        }
+        super().__init__(size, weights[0].device)
         self._changes: list[_Change] = []
-        self._taken = 0
         generator = torch.Generator().manual_seed(0)
         for weight, original in zip(weights, originals, strict=True):
             *stack, rows, columns = weight.shape
@@ -109,33 +96,6 @@ class LowRank:
             weight.requires_grad_(True)
             weight.register_post_accumulate_grad_hook(change.take_gradient)  # type: ignore[no-untyped-call]
             self._changes.append(change)
-
-    def _take(self, *shape: int) -> tuple[Tensor, Tensor]:
-        """Return the next part of the flat values and of their gradient in this shape."""
-        span = slice(self._taken, self._taken + math.prod(shape))
-        self._taken = span.stop
-        return self.values.data[span].view(shape), self._gradient[span].view(shape)
-
-    def take_gradient(self) -> Tensor:
-        """Return the sum of the gradients since the last call, float32 in the order of `values`."""
-        gradient = self._gradient.clone()
-        self._gradient.zero_()
-        return gradient
-
-    @torch.no_grad()
-    def step(self, gradient: Tensor, rate: float) -> None:
-        """Take a step of AdamW without decay (Loshchilov and Hutter, 2019)."""
-        norm = float(gradient.norm())
-        self.values.grad = gradient * min(1.0, CLIP / (norm + 1e-6))
-        self._adam.param_groups[0]["lr"] = rate
-        self._adam.step()
-        self.values.grad = None
-        self.write_weights()
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """The tensors to save; a process that continues copies the saved values into its own."""
-        return {"values": self.values.data, **self._adam.state[self.values]}
 
     @torch.no_grad()
     def write_weights(self) -> None:

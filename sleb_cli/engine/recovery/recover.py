@@ -13,7 +13,9 @@ from torch import Tensor
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.forward.placement import open_model
 from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.model.padded import ids_of
 from sleb_cli.engine.recovery.file_tensors import file_tensors
+from sleb_cli.engine.recovery.outputs import OutputComparison
 from sleb_cli.engine.recovery.saved_state import SavedState
 from sleb_cli.engine.recovery.stage import Job, RecoverySettings, whole_model
 from sleb_cli.engine.recovery.variant import DenseComparison, Variant
@@ -93,7 +95,11 @@ def _draw_texts(
     train, validation, test = draw(settings.splits)
     # A chat model is also measured on answers that it writes, unless each token would read all of
     # its weights.
-    if settings.placement.stream or not getattr(tokenizer, "chat_template", None):
+    if (
+        dense.ending.output
+        or settings.placement.stream
+        or not getattr(tokenizer, "chat_template", None)
+    ):
         return train, validation, test, None
     own_answers = replace(
         settings.splits[2], source=SELF_CHAT, shares={SELF_CHAT: Fraction(1)}, chat="answers"
@@ -111,7 +117,8 @@ class _Measurements:
 
     def __init__(self, dense: SkippableModel, texts: Sequence[Calibration], notify: Notify) -> None:
         self.dense = Variant(dense)
-        self._comparisons = [DenseComparison(self.dense, text) for text in texts]
+        compare = OutputComparison if dense.ending.output else DenseComparison
+        self._comparisons = [compare(self.dense, text) for text in texts]
         self.losses: list[dict[str, LossesRecord]] = [{} for _ in texts]
         self._notify = notify
 
@@ -147,5 +154,6 @@ def _find_state(
 
 
 def _text_key(text: Calibration) -> list[str | int]:
-    counted = whole_mask(text.sequences, text.loss_mask)
-    return [tokens_sha256(text.sequences), *text.sequences.shape, tokens_sha256(counted)]
+    ids = ids_of(text.sequences)
+    counted = whole_mask(ids, text.loss_mask)
+    return [tokens_sha256(ids), *ids.shape, tokens_sha256(counted)]

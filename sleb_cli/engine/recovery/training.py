@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel
 
 from sleb_cli.engine.memory import in_smaller_pieces
-from sleb_cli.engine.recovery.distillation import Batch, Distillation, learning_rate
+from sleb_cli.engine.recovery.distillation import learning_rate
+from sleb_cli.engine.recovery.flat_weights import FlatWeights
 from sleb_cli.engine.recovery.heal_budget import Clock, HealBudget
-from sleb_cli.engine.recovery.low_rank import LowRank
-from sleb_cli.engine.recovery.stage import Job, whole_model
-from sleb_cli.engine.recovery.training_text import TrainingText
-from sleb_cli.engine.surgery.loading import load_tokenizer
-from sleb_cli.engine.text.windows import whole_mask
-from sleb_cli.events import Advance, HealChecked, Notice
+from sleb_cli.engine.recovery.stage import Job
+from sleb_cli.events import Advance, HealChecked, Notice, Notify
 from sleb_plugins import ModelError
-
-LEARNING_RATE = 1.5e-3
-"""The highest; steps are relative to the size of each weight (`low_rank.py`)."""
-
-BATCH_TOKENS = 512
 
 CHECKS = 10
 """How many times the validation text is measured over the whole budget."""
@@ -32,7 +25,6 @@ PATIENCE = 3
 """Training stops after this many checks without a lower divergence, in the second half of the
 budget: in the first, the learning rate is too high to tell.
 """
-CHECKED_TOKENS = 2048
 
 
 class Progress(BaseModel, strict=True, extra="forbid"):
@@ -49,13 +41,34 @@ class Progress(BaseModel, strict=True, extra="forbid"):
     best_tokens: int = 0
 
 
+class TransferSet(ABC):
+    """The text of a training in batches, with what the dense model makes of it.
+
+    A batch says how many `targets` it has and how many `tokens`, and can be `split`.
+
+    Attributes:
+        size: how many sequences a batch has.
+        checked: the validation text, which chooses the best point, and is never trained on.
+        distillation: the gradient and the divergence of a batch.
+        measure: what the divergence is called in messages.
+    """
+
+    size: int
+    checked: Sequence[Any]
+    distillation: Any
+    measure = "KL to the dense model"
+
+    @abstractmethod
+    def batches(self, portion: int, begin: int, notify: Notify) -> Iterator[Any]:
+        """Return the batches of a portion of the text, from 0, from this sequence of it on."""
+
+
 class Training:
     """A training and its progress.
 
     Attributes:
-        size: how many sequences a step trains on.
-        micro_batch: how many of them at once; fewer once memory has run out.
-        checked: the validation text, which chooses the best point, and is never trained on.
+        rate: the highest learning rate.
+        micro_batch: how many sequences are trained on at once; fewer once memory has run out.
         best: the values at the best point.
     """
 
@@ -63,27 +76,19 @@ class Training:
         self,
         job: Job,
         budget: HealBudget,
-        distillation: Distillation,
-        weights: LowRank,
+        texts: TransferSet,
+        weights: FlatWeights,
+        rate: float,
         name: str,
         advance: Advance,
     ) -> None:
         self.job = job
         self.budget = budget
-        self.distillation = distillation
+        self.texts = texts
         self.weights = weights
-        length = job.validation.sequences.shape[1]
-        self.size = max(1, BATCH_TOKENS // length)
-        self.text = TrainingText(
-            job.settings.splits[0],
-            job.train,
-            self.size,
-            load_tokenizer(job.settings.surgery.architecture.source),
-            partial(whole_model, job.dense),
-        )
-        self.micro_batch = self.size
+        self.rate = rate
+        self.micro_batch = texts.size
         self.has_skipped = False
-        self.checked = self._checked_batches(max(1, CHECKED_TOKENS // length))
         self.best = weights.values.detach().clone()
         self.name = name
         self.state = {f"trained.{key}": tensor for key, tensor in weights.state.items()}
@@ -95,12 +100,6 @@ class Training:
             job.notify(Notice(f"Continuing an interrupted healing, after {tokens}."))
         self.progress = restored or Progress()
         self.clock = Clock(budget, advance, self.progress.seconds)
-
-    def _checked_batches(self, count: int) -> list[Batch]:
-        text = self.job.validation
-        ids = torch.split(text.sequences[:count], self.size)
-        counted = torch.split(whole_mask(text.sequences, text.loss_mask)[:count], self.size)
-        return [self.distillation.batch(*pair) for pair in zip(ids, counted, strict=True)]
 
     def run(self) -> Literal["budget", "patience"]:
         """Train, set the weights to the best values, and return why training stopped."""
@@ -126,34 +125,30 @@ class Training:
         self.progress.seconds = self.clock.seconds()
         return self.budget.used(self.progress.seconds, self.progress.tokens) / self.budget.total
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[Any]:
         progress = self.progress
 
         def show_time(event: object) -> None:
             self.clock.tell(progress.tokens)  # time passes while text is written
 
         while True:
-            sequences, loss_mask = self.text.portion(progress.portion, show_time)
-            counted = whole_mask(sequences, loss_mask)
-            while progress.position < len(sequences):
-                rows = slice(progress.position, progress.position + self.size)
-                progress.position += self.size
-                yield self.distillation.batch(sequences[rows], counted[rows])
+            for batch in self.texts.batches(progress.portion, progress.position, show_time):
+                progress.position += self.texts.size
+                yield batch
             progress.portion += 1
             progress.position = 0
 
-    def _step(self, batch: Batch, used: float) -> float:
+    def _step(self, batch: Any, used: float) -> float:
         """Take a step, and return the loss."""
         progress = self.progress
-        tokens = batch.ids.numel()
+        tokens = batch.tokens
         ahead = 0.0
         if self.budget.tokens is not None:
             ahead = tokens / self.budget.tokens / 2  # to the middle of the step
-        rate = learning_rate(LEARNING_RATE, used + ahead, progress.steps)
+        rate = learning_rate(self.rate, used + ahead, progress.steps)
         add = partial(self._add_gradient, batch)
-        device = batch.ids.device
         loss = in_smaller_pieces(
-            add, self.micro_batch, device, self.job.notify, "healing {} sequences"
+            add, self.micro_batch, self.job.dense.device, self.job.notify, "healing {} sequences"
         )
         gradient = self.weights.take_gradient()
         if gradient.isfinite().all():
@@ -170,16 +165,15 @@ class Training:
         self.clock.tell(progress.tokens)
         return loss
 
-    def _add_gradient(self, batch: Batch, size: int) -> float:
+    def _add_gradient(self, batch: Any, size: int) -> float:
         """Add the gradient of the mean divergence, `size` sequences at once; return the mean."""
         if size < self.micro_batch:
             self.micro_batch = size
             self.weights.take_gradient()  # drops gradients of pieces before memory ran out
         total = 0.0
-        for tensors in zip(*(torch.split(tensor, size) for tensor in batch), strict=True):
-            piece = Batch(*tensors)
+        for piece in batch.split(size):
             share = piece.targets / batch.targets
-            total += share * self.distillation.add_gradient(piece, share)
+            total += share * self.texts.distillation.add_gradient(piece, share)
         return total
 
     def _check(self, loss: float) -> None:
@@ -200,11 +194,13 @@ class Training:
         elif used > 0.5:
             progress.stale += 1
         if progress.steps:
-            self.job.notify(HealChecked(min(1.0, used), loss, divergence))
+            self.job.notify(HealChecked(min(1.0, used), loss, divergence, self.texts.measure))
 
     @torch.inference_mode()
     def _divergence(self) -> float:
         total = 0.0
-        for batch in self.checked:
-            total += self.distillation.divergence(batch)
-        return total / sum(batch.targets for batch in self.checked)
+        targets = 0
+        for batch in self.texts.checked:
+            total += self.texts.distillation.divergence(batch)
+            targets += batch.targets
+        return total / targets

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from sleb_cli.engine.recovery.distillation import Batch, Distillation
+from sleb_cli.engine.recovery.stage import Job, whole_model
+from sleb_cli.engine.recovery.training import TransferSet
+from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.calibration import (
     Calibration,
     Sequences,
@@ -17,13 +22,48 @@ from sleb_cli.engine.text.calibration import (
     write_sequences,
 )
 from sleb_cli.engine.text.settings import CalibrationSettings
+from sleb_cli.engine.text.windows import whole_mask
 from sleb_cli.events import Notify
 from sleb_cli.texts.named import text_source
+
+BATCH_TOKENS = 512
+CHECKED_TOKENS = 2048
 
 USES_OF_OWN_TEXT = 2
 """How often a sequence that the model wrote is trained on, because writing takes longer than
 training. Others are used once, because repeated text teaches less.
 """
+
+
+class LanguageSet(TransferSet):
+    """The text of a language model's healing, which the teacher reads batch by batch."""
+
+    def __init__(self, job: Job, distillation: Distillation) -> None:
+        validation = job.validation
+        length = validation.sequences.shape[1]
+        self.size = max(1, BATCH_TOKENS // length)
+        self.distillation = distillation
+        self._text = TrainingText(
+            job.settings.splits[0],
+            job.train,
+            self.size,
+            load_tokenizer(job.settings.surgery.architecture.source),
+            partial(whole_model, job.dense),
+        )
+        count = max(1, CHECKED_TOKENS // length)
+        counted = whole_mask(validation.sequences, validation.loss_mask)
+        self.checked = list(self._read((validation.sequences[:count], counted[:count]), 0))
+
+    def batches(self, portion: int, begin: int, notify: Notify) -> Iterator[Batch]:
+        """Return the batches of a portion of the text."""
+        return self._read(self._text.portion(portion, notify), begin)
+
+    def _read(self, text: Sequences, begin: int) -> Iterator[Batch]:
+        sequences, loss_mask = text
+        counted = whole_mask(sequences, loss_mask)
+        for start in range(begin, len(sequences), self.size):
+            rows = slice(start, start + self.size)
+            yield self.distillation.batch(sequences[rows], counted[rows])
 
 
 class TrainingText:

@@ -1,0 +1,72 @@
+"""The numbers that a training moves, all in one flat tensor, and the AdamW that moves them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+BETAS = (0.9, 0.95)
+CLIP = 1.0
+"""The largest norm of a gradient; a larger one is scaled down to it."""
+
+
+class FlatWeights:
+    """Trained numbers in float32; one flat tensor, so that a fused step is one pass over memory."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.values = nn.Parameter(torch.zeros(size, device=device))
+        self._gradient = torch.zeros_like(self.values)
+        self._adam = torch.optim.AdamW([self.values], betas=BETAS, weight_decay=0.0, fused=True)
+        # As its first step makes it, but at once, so that a saved state has the same tensors at any
+        # time.
+        self._adam.state[self.values] = {
+            "step": torch.zeros((), device=device),
+            "exp_avg": torch.zeros_like(self.values),
+            "exp_avg_sq": torch.zeros_like(self.values),
+        }
+        self._taken = 0
+
+    def _take(self, *shape: int) -> tuple[Tensor, Tensor]:
+        """Return the next part of the flat values and of their gradient in this shape."""
+        span = slice(self._taken, self._taken + math.prod(shape))
+        self._taken = span.stop
+        return self.values.data[span].view(shape), self._gradient[span].view(shape)
+
+    def take_gradient(self) -> Tensor:
+        """Return the sum of the gradients since the last call, float32 in the order of `values`."""
+        gradient = self._gradient.clone()
+        self._gradient.zero_()
+        return gradient
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor, rate: float) -> None:
+        """Take a step of AdamW without decay (Loshchilov and Hutter, 2019)."""
+        norm = float(gradient.norm())
+        self.values.grad = gradient * min(1.0, CLIP / (norm + 1e-6))
+        self._adam.param_groups[0]["lr"] = rate
+        self._adam.step()
+        self.values.grad = None
+        self.write_weights()
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The tensors to save; a process that continues copies the saved values into its own."""
+        return {"values": self.values.data, **self._adam.state[self.values]}
+
+    def write_weights(self) -> None:
+        """Update the weights after a change of `values`."""
+
+
+class WholeWeights(FlatWeights):
+    """All numbers of some float32 parameters, which become views of the flat tensor."""
+
+    def __init__(self, weights: Sequence[nn.Parameter]) -> None:
+        super().__init__(sum(weight.numel() for weight in weights), weights[0].device)
+        for weight in weights:
+            values, gradient = self._take(*weight.shape)
+            weight.data = values.copy_(weight.data)
+            weight.requires_grad_(True)
+            weight.grad = gradient  # to which passes add
