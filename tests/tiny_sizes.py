@@ -31,7 +31,8 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     "files.copying": {"BUFFER_BYTES": 64},
     # Forward passes: sequences in a batch, positions and rows of logits at a time, what is kept and
     # checked.
-    "forward.fork_check": {"CHECKED_CANDIDATES": 2, "CHECKED_SEQUENCES": 1, "CHECKED_POSITIONS": 6},
+    "forward.ending": {"CHECKED_POSITIONS": 6},
+    "forward.fork_check": {"CHECKED_CANDIDATES": 2, "CHECKED_SEQUENCES": 1},
     "forward.stores": {"MAX_SHARED": 1},
     "forward.memory_budget": {"CPU_SETTINGS": _OF_A_DEVICE, "MIN_POSITIONS": 3},
     "forward.passes": {"KEPT_DEPTHS": 1},
