@@ -92,13 +92,13 @@ class Record(BaseModel):
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
     )
     left_out_if_none: ClassVar[frozenset[str]] = frozenset()
-    """Fields that only some records have."""
+    """Fields that only some records have, and that are not written if they are None or empty."""
 
     @model_serializer(mode="wrap")
     def _leave_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         data: dict[str, Any] = serialize(self)
         for name in self.left_out_if_none:
-            if name in data and data[name] is None:
+            if name in data and data[name] in (None, (), []):
                 del data[name]
         return data
 

@@ -636,6 +636,12 @@ class EvalRequest(SizesRequest):
         "piqa,canaries.",
         _QUALITY,
     )
+    corpus: str | None = option(
+        "Measure a model that only reads, on a .txt or .jsonl file (`text`, and `query` or "
+        "`label`), or a folder in BEIR's form.",
+        _QUALITY,
+        metavar="PATH",
+    )
     limit: int | None = _count("Use only this many items from the start of each task.", _QUALITY)
     num_fewshot: int | None = option(
         "Few-shot examples in the prompt.", _QUALITY, default="the task's own"

@@ -405,6 +405,29 @@ class TaskResult(Record):
         return tuple(value for name, value in self if name not in others)
 
 
+class CorpusResult(Record):
+    """One measure of a corpus on the dense and each pruned model, which only read.
+
+    Items are queries, or texts that ask each other, or what is classified. `prompts` are what the
+    queries and then the texts begin with; `sha256` hashes the tokens and all that is known of them.
+    """
+
+    corpus: str
+    measure: str
+    texts: int
+    queries: int
+    sequence_length: int
+    prompts: tuple[str, ...]
+    sha256: str
+    dense: TaskScores
+    pruned: tuple[PrunedTaskScores, ...]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes two results of a corpus comparable: all but the scores."""
+        return tuple(value for name, value in self if name not in ("dense", "pruned"))
+
+
 _MAIN_METRICS = ("acc_norm", "acc", "exact_match", "em")
 """Where a task has several metrics, the first of these stands for it, as in the tables of the SLEB
 paper and others.
@@ -426,6 +449,8 @@ class EvalResult(ResultRecord):
     its weights are not the dense model's. `commands` are those that measured it, one for each run.
     """
 
+    left_out_if_none = ResultRecord.left_out_if_none | {"corpora"}
+
     kind: Literal["eval"]
     commands: Annotated[tuple[str, ...], Public(public_command)] = ()
     behavior: str | None = None
@@ -433,6 +458,7 @@ class EvalResult(ResultRecord):
     sizes: tuple[SizeKey, ...]
     texts: tuple[TextResult, ...]
     tasks: tuple[TaskResult, ...]
+    corpora: tuple[CorpusResult, ...] = ()
 
     @property
     def depends(self) -> dict[str, Any]:
@@ -451,6 +477,7 @@ class EvalResult(ResultRecord):
                 "sizes": tuple(size for size in self.sizes if frozenset(size) in sizes),
                 "texts": with_sizes(self.texts, sizes),
                 "tasks": with_sizes(self.tasks, sizes),
+                "corpora": with_sizes(self.corpora, sizes),
             }
         )
 
@@ -465,12 +492,13 @@ class EvalResult(ResultRecord):
                 "sizes": tuple(sorted(sizes.values(), key=len)),
                 "texts": merge_results(previous.texts, self.texts),
                 "tasks": merge_results(previous.tasks, self.tasks),
+                "corpora": merge_results(previous.corpora, self.corpora),
             }
         )
 
 
-R = TypeVar("R", TextResult, TaskResult)
-_Sized = TypeVar("_Sized", TextResult, TaskResult, "WorkloadResult")
+R = TypeVar("R", TextResult, TaskResult, CorpusResult)
+_Sized = TypeVar("_Sized", TextResult, TaskResult, CorpusResult, "WorkloadResult")
 
 
 def with_sizes(results: Iterable[_Sized], sizes: Collection[frozenset[int]]) -> tuple[_Sized, ...]:
@@ -483,7 +511,7 @@ def with_sizes(results: Iterable[_Sized], sizes: Collection[frozenset[int]]) -> 
 
 
 def merge_results(old: tuple[R, ...], new: tuple[R, ...]) -> tuple[R, ...]:
-    """Merge results of texts or tasks; of those that are in both, also their sizes, if they were
+    """Merge results; of texts, tasks and corpora that are in both, also their sizes, if they were
     scored alike.
     """
     found = {result.key: result for result in old}

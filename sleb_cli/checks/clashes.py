@@ -12,6 +12,7 @@ from sleb_cli.requests import (
     TARGET_NAMES,
     ApplyRequest,
     BenchRequest,
+    EvalRequest,
     Request,
     SearchRequest,
     SizesRequest,
@@ -138,9 +139,12 @@ CLASHES: tuple[Clash | Need, ...] = (
     Clash("tasks", "stream", "each batch of requests would read the whole model again",
           "Leave out --stream, or measure --perplexity alone. --device-map auto runs tasks, "
           "slowly."),
+    Clash("corpus", "perplexity tasks max_windows bos",
+          "one is for models that only read, the other for language models", _ONE),
     Need("limit num_fewshot apply_chat_template include_path run_code show_flips", "tasks"),
     # alone, a text is read by default
     Need("sequence_length max_windows bos", "perplexity", beside="tasks"),
+    Need("prompt", "corpus", EvalRequest),
     Need("new_tokens", "generation", beside="prompt"),
     Need("source", "engine", BenchRequest),
     Clash("engine", "device compile",

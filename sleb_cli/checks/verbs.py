@@ -30,6 +30,7 @@ from sleb_cli.requests import (
     ExportRequest,
     option_of,
 )
+from sleb_cli.texts.corpus import require_corpus
 from sleb_cli.units import dtype_in_full, parse_bytes
 from sleb_plugins import DataError, Engine, Exporter, OutputError, UsageError
 from sleb_plugins.errors import did_you_mean
@@ -105,13 +106,15 @@ def check_evaluation(request: EvalRequest, registry: Registry) -> NamedSubject:
     Raises:
         UsageError: options contradict each other, or a number or the blocks do not fit.
         PlanError: the plan is unreadable.
-        DataError: a text or the folder of tasks is missing.
+        DataError: a text, the corpus or the folder of tasks is missing.
         OutputError: the output exists, or cannot be written.
     """
     _require_new(request)
     parse_batch_size(request.batch_size)
     dtype_in_full(request.dtype or AUTO)
     require_evaluation_texts(request.perplexity)
+    if request.corpus is not None:
+        require_corpus(request.corpus)
     if request.include_path is not None and not request.include_path.is_dir():
         raise DataError(f"There is no folder {request.include_path}.", hint="Check --include-path.")
     return read_subject(request)

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from sleb_cli.names import public_source
 from sleb_cli.order import SizeKey
 from sleb_cli.results import (
+    CorpusResult,
     DivergenceRecord,
     EvalResult,
     Interval,
@@ -51,6 +53,17 @@ _USES = {
 }
 
 
+_MEASURES = {
+    "neighbours": "neighbours: the share of the dense model's ten nearest texts that stay.",
+    "old index": "old index: texts keep the dense model's vectors, and only what is asked is read "
+    "by the pruned model; own index: it reads all.",
+    "rank correlation": "rank correlation: Spearman's, of the scores of all texts that are asked "
+    "the same.",
+    "same class": "same class: the share of texts that stay in the dense model's class.",
+}
+"""What the words in the names of measures mean."""
+
+
 def evaluation_tables(result: EvalResult, names: Sequence[str]) -> list[Table]:
     """List the scores of each model on each text, of these names, and on each task."""
     texts = by_model(result.texts, names)
@@ -60,6 +73,7 @@ def evaluation_tables(result: EvalResult, names: Sequence[str]) -> list[Table]:
         text_settings(result.texts, names),
         tasks(by_model(result.tasks, task_names(result.tasks))),
         verdicts(result.tasks),
+        corpora(result.corpora),
     ]
 
 
@@ -227,6 +241,32 @@ def tasks(scored: Iterable[Scored]) -> Table:
         "test."
     ]
     return tabulate("Tasks", columns, rows, notes)
+
+
+def corpora(results: Sequence[CorpusResult]) -> Table:
+    """List each measure of each corpus on each model."""
+    names = [f"{result.corpus}, {result.measure}" for result in results]
+    notes = []
+    for result in results:
+        notes.append(_describe(result))
+    for word, note in _MEASURES.items():
+        if any(word in name for name in names):
+            notes.append(note)
+    table = tasks(by_model(results, names))
+    columns = ["measure", *table.columns[1:]]
+    return replace(table, title="Corpora", columns=columns, notes=list(dict.fromkeys(notes)))
+
+
+def _describe(corpus: CorpusResult) -> str:
+    """Say what was read of a corpus."""
+    read = f"{corpus.corpus}: {plural(corpus.texts, 'text')}"
+    if corpus.queries:
+        read += f", {corpus.queries:,} queries"
+    read += f", of at most {corpus.sequence_length:,} tokens"
+    prompts = [repr(prompt) for prompt in corpus.prompts if prompt]
+    if prompts:
+        read += f", which begin with {' and '.join(prompts)}"
+    return f"{read}."
 
 
 def is_canary(task: TaskResult) -> bool:

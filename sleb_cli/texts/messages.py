@@ -20,6 +20,24 @@ class TextLine(BaseModel):
     query: str | None = None
 
 
+Label = str | int | float
+"""A class, by its name or its number; or how relevant a text is."""
+
+
+class CorpusLine(TextLine):
+    """A text, or a pair of a query and a text, with or without a label."""
+
+    label: Label | None = None
+
+
+class CorpusEntry(BaseModel):
+    """A document or a query of a folder in BEIR's form."""
+
+    id: str = Field(alias="_id")
+    title: str | None = None
+    text: str
+
+
 class Message(BaseModel, extra="allow"):
     """A message of a conversation."""
 

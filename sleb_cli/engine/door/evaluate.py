@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from sleb_cli.canaries import FOLDER
+from sleb_cli.checks.clashes import given
 from sleb_cli.checks.subjects import NamedSubject
 from sleb_cli.checks.verbs import parse_batch_size
 from sleb_cli.engine.device import choose_device, parse_dtype
@@ -19,6 +20,7 @@ from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.process_group import ProcessGroup
+from sleb_cli.engine.quality.corpus import CorpusTexts, tokenize_corpus
 from sleb_cli.engine.quality.evaluation import Evaluation
 from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask, find_tasks
 from sleb_cli.engine.quality.models import Models
@@ -27,6 +29,7 @@ from sleb_cli.engine.surgery.loading import Placement, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.chat import cut_answers, require_template
 from sleb_cli.engine.text.overlap import is_known
+from sleb_cli.engine.text.passages import passages
 from sleb_cli.engine.text.windows import (
     EvaluationWindows,
     choose_length,
@@ -34,9 +37,12 @@ from sleb_cli.engine.text.windows import (
     tokens_sha256,
 )
 from sleb_cli.events import Notice, Notify, task
+from sleb_cli.names import local_path
 from sleb_cli.plan import CHECKPOINT_PLAN, CalibrationRecord, read_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import AUTO, DEFAULT_TEXT, EvalRequest
+from sleb_cli.texts.corpus import Corpus, read_folder, read_lines
+from sleb_cli.texts.local_file import read_file
 from sleb_cli.texts.named import text_source
 from sleb_cli.units import in_shell
 from sleb_plugins import PlanError, UsageError
@@ -59,11 +65,15 @@ def resolve_evaluation(
     subject = group.main_first(resolve)
     placement = _place_models(subject, request, notify, group)
     models = Models(subject, plan_surgeries(subject, named.sizes), placement, group, notify)
-    tasks = load_requested(request)
     architecture = subject.architecture
+    _require_measurable(request, architecture)
+    tasks = load_requested(request)
     tokenizer = load_tokenizer(architecture.source)
     names = request.perplexity
-    if not names and not request.tasks:
+    corpus = None
+    if request.corpus is not None:
+        corpus = group.main_first(partial(_read_corpus, request, tokenizer, architecture))
+    elif not names and not request.tasks:
         names = (DEFAULT_TEXT,)
     read = partial(_read_text, request, tokenizer, architecture, notify)
     texts = group.main_first(lambda: tuple(map(read, names)))
@@ -74,12 +84,44 @@ def resolve_evaluation(
         tokenizer=tokenizer,
         texts=texts,
         tasks=tasks,
+        corpus=corpus,
         command=request.command("eval"),
         plugins=registry.behind(family=architecture.record.family),
         batch_size=parse_batch_size(request.batch_size),
         show_flips=request.show_flips or 0,
         force=request.force,
     )
+
+
+def _require_measurable(request: EvalRequest, architecture: Architecture) -> None:
+    """Raise a UsageError if this kind of model has no such measure."""
+    name = architecture.source.id
+    if architecture.reading is None:
+        if request.corpus is not None:
+            raise UsageError(
+                f"--corpus is for models that only read; {name} is a language model.",
+                hint="Use --perplexity or --tasks.",
+            )
+        return
+    hint = "Measure it on texts, or on a folder in BEIR's form: --corpus FILE|FOLDER."
+    for option in given(request, "perplexity tasks"):
+        raise UsageError(f"{option} needs a language head, which {name} lacks.", hint=hint)
+    if request.corpus is None:
+        raise UsageError(f"{name} only reads, so it has no perplexity.", hint=hint)
+
+
+def _read_corpus(request: EvalRequest, tokenizer: Any, architecture: Architecture) -> CorpusTexts:
+    name = str(request.corpus)
+    path = local_path(name)
+    if path.is_dir():
+        corpus = read_folder(name)
+    elif path.suffix == ".jsonl":
+        corpus = read_lines(name)
+    else:
+        texts = passages(read_file(name))
+        corpus = Corpus(texts, items=texts)
+    length = choose_length(request.sequence_length, architecture)
+    return tokenize_corpus(name, corpus, architecture, tokenizer, length, request.prompt)
 
 
 def _place_models(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,9 @@ from sleb_cli.engine.forward.stores import SharedInputs, keep_on_device, to_cpu
 
 
 def predict_together(
-    skippable: SkippableModel, batches: Sequence[Tensor], sizes: Sequence[Collection[int]]
-) -> list[list[Predictions]]:
-    """Return, for each batch, the model's predictions without each of these sets of blocks.
+    skippable: SkippableModel, batches: Sequence[Any], sizes: Sequence[Collection[int]]
+) -> list[list[Any]]:
+    """Return, for each batch, the model's result without each of these sets of blocks.
 
     Blocks that these models share are computed once and, if they are streamed, read once.
     """
@@ -27,7 +28,9 @@ def predict_together(
     walk_together(skippable, walks)
     predictions = []
     for ids, walk in zip(batches, walks, strict=True):
-        of_batch = [Predictions(skippable, ids, walk.branches[removed]) for removed in walk.sizes]
+        of_batch = []
+        for removed in walk.sizes:
+            of_batch.append(skippable.ending.of_states(skippable, ids, walk.branches[removed]))
         predictions.append(of_batch)
     return predictions
 
@@ -64,4 +67,5 @@ class SharedPredictions:
             later.hidden = to_cpu(later.hidden)
             self.memory -= later.hidden.nbytes
             self._waiting[other, *batch] = later
-        return predictions[0][:, :]
+        logits: Tensor = predictions[0][:, :]
+        return logits

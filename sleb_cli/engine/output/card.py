@@ -187,7 +187,7 @@ def _perplexity_row(title: str, dense: float, pruned: float) -> _Row:
 
 
 def _evaluated(evaluation: EvalResult | None, size: SizeKey) -> list[_Row]:
-    """Return a row for each text and task that was measured."""
+    """Return a row for each text, task and measure of a corpus."""
     if evaluation is None:
         return []
     rows = []
@@ -207,6 +207,11 @@ def _evaluated(evaluation: EvalResult | None, size: SizeKey) -> list[_Row]:
                 f"{scores.difference:+.4f}",
             ]
             rows.append(_Row(cells, _hub_result(task.task, task.metric, scores.value)))
+    for result in evaluation.corpora:
+        if measured := of_size(result.pruned, size):
+            name = f"{result.measure}, {public_source(result.corpus)}"
+            values = [f"{result.dense.value:.4f}", f"{measured.value:.4f}"]
+            rows.append(_Row([name, *values, f"{measured.difference:+.4f}"]))
     return rows
 
 

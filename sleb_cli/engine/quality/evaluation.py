@@ -17,6 +17,7 @@ from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.environment import processor_name
 from sleb_cli.engine.files.cache import read_cached, write_cached
 from sleb_cli.engine.model.generation import with_requires_grad
+from sleb_cli.engine.quality.corpus import CorpusTexts, measure_corpus
 from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.quality.tasks import compare_task
@@ -28,6 +29,7 @@ from sleb_cli.names import public_source
 from sleb_cli.order import SizeKey
 from sleb_cli.records import THIS_VERSION
 from sleb_cli.results import (
+    CorpusResult,
     EvalResult,
     TaskResult,
     TextResult,
@@ -40,7 +42,7 @@ from sleb_cli.saved_results import find_kept, keep_result
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The models, and the texts and tasks to measure them on.
+    """The models, and the texts and tasks, or the corpus, to measure them on.
 
     Attributes:
         plugins: the versions of other packages that take part.
@@ -53,6 +55,7 @@ class Evaluation:
     tokenizer: Any
     texts: tuple[EvaluationWindows, ...]
     tasks: tuple[LoadedTask, ...]
+    corpus: CorpusTexts | None
     command: str
     plugins: Mapping[str, str]
     batch_size: int | None = None
@@ -77,10 +80,14 @@ def evaluate_models(evaluation: Evaluation, folder: Path | None) -> EvalResult:
     tasks: list[TaskResult] = []
     for task in evaluation.tasks:
         tasks += run.measure_task(task)
+    corpora: tuple[CorpusResult, ...] = ()
+    if evaluation.corpus is not None:
+        corpora = run.measure_corpus(evaluation.corpus)
     if run.reused:
         text = f"Measured before: {', '.join(run.reused)}. --force measures again."
         evaluation.models.notify(Notice(text))
-    return run.setting.model_copy(update={"texts": tuple(texts), "tasks": tuple(tasks)})
+    results = {"texts": tuple(texts), "tasks": tuple(tasks)}
+    return run.setting.model_copy(update=results | {"corpora": corpora})
 
 
 class _Run:
@@ -126,6 +133,20 @@ class _Run:
             known = merge_results(known, results)
         return with_sizes(known, self.wanted)
 
+    def measure_corpus(self, corpus: CorpusTexts) -> tuple[CorpusResult, ...]:
+        """Measure a corpus, or return its kept results."""
+        item_key = {"corpus": corpus.description}
+        known: tuple[CorpusResult, ...] = ()
+        for kept in self._find(item_key):
+            known = merge_results(known, kept.corpora)
+        missing = self._missing(known, corpus.description["corpus"])
+        if missing is not None:
+            results = measure_corpus(corpus, self.models, missing, self.evaluation.batch_size)
+            self.models.require_unchanged()
+            self._keep({"corpora": results}, item_key, missing)
+            known = merge_results(known, results)
+        return with_sizes(known, self.wanted)
+
     def _find(self, item_key: Key) -> list[EvalResult]:
         if self.folder is None or self.evaluation.force:
             return []
@@ -133,7 +154,7 @@ class _Run:
         return self.models.group.from_main(find)
 
     def _missing(
-        self, known: Sequence[TextResult] | Sequence[TaskResult], title: str
+        self, known: Sequence[TextResult | TaskResult | CorpusResult], title: str
     ) -> list[SizeKey] | None:
         """Return the sizes that are not known; None if not even the dense model is missing."""
         if not known:

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 
 from sleb_cli.engine.device import CPU, free_memory
+from sleb_cli.engine.forward.ending import ending_of
 from sleb_cli.engine.forward.fork_check import why_not_fork
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.memory_needs import model_bytes
@@ -121,7 +122,8 @@ class Models:
             return open_model(self.subject.recovered, self.placement, self.notify)
         dense = None if self.one_at_a_time else self.without(()).model
         model = load_pruned(self.surgeries[removals], self.placement, self.notify, dense=dense)
-        return SkippableModel(model, self.architecture.blocks_of(model))
+        ending = ending_of(self.architecture, self.placement.device)
+        return SkippableModel(model, self.architecture.blocks_of(model), ending=ending)
 
     def require_unchanged(self) -> None:
         """Raise a ModelError if the models' files have changed since they were first read."""

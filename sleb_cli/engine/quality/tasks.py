@@ -124,26 +124,33 @@ def _pruned_scores(
 ) -> PrunedTaskScores:
     before = _scores(dense, measure)
     after = _scores(results, measure)
-    changes: list[float] = []
     if before.items and after.items:
         change = paired_difference(before.items, after.items)
-        changes = [new - old for old, new in zip(before.items, after.items, strict=True)]
     else:
         change = _group_difference(measure, dense, results)
+    scores = compare_scores(before, after, change, removals)
+    flips: list[FlipRecord] = []
+    if scores.lost is not None:
+        config = dense["configs"].get(measure.task, {})
+        samples = zip(_samples(dense, measure), _samples(results, measure), strict=True)
+        for pair, old, new in zip(samples, before.items, after.items, strict=True):
+            if old != new and len(flips) < show_flips:
+                flips.append(_flip(config, measure.metric, *pair))
+    return scores.model_copy(update={"flips": tuple(flips)})
+
+
+def compare_scores(
+    before: TaskScores, after: TaskScores, change: Estimate, removals: tuple[int, ...]
+) -> PrunedTaskScores:
+    """Compare the scores of a pruned model with the dense one's; `change` is their difference."""
+    changes = []
+    if before.items and after.items:
+        changes = [new - old for old, new in zip(before.items, after.items, strict=True)]
     flips: dict[str, Any] = {"mcnemar_p": None, "lost": None, "gained": None}
     if is_binary(before.items) and is_binary(after.items):
         lost = changes.count(-1)
         gained = changes.count(1)
-        config = dense["configs"].get(measure.task, {})
-        pairs = zip(_samples(dense, measure), _samples(results, measure), strict=True)
-        flipped = [pair for pair, change in zip(pairs, changes, strict=True) if change]
-        shown = [_flip(config, measure.metric, *pair) for pair in flipped[:show_flips]]
-        flips = {
-            "mcnemar_p": mcnemar(lost, gained),
-            "lost": lost,
-            "gained": gained,
-            "flips": tuple(shown),
-        }
+        flips = {"mcnemar_p": mcnemar(lost, gained), "lost": lost, "gained": gained}
     return PrunedTaskScores(
         **dict(after),
         removals=removals,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import CPU
-from sleb_cli.engine.forward.logits import Logits, Predictions
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.memory_needs import states_bytes
 from sleb_cli.engine.forward.predictions import predict_together
 from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.memory import in_smaller_pieces
+from sleb_cli.engine.model.padded import Tokens, split, usual_length
 from sleb_cli.engine.process_group import deal
 from sleb_cli.engine.quality.models import CHECKED_TOKENS, Models
 from sleb_cli.engine.quality.token_scores import (
@@ -48,8 +48,8 @@ def measure_text(
     If `batch_size` is None, a batch has as many windows as suit the device.
     """
     with ExitStack() as opened:
-        scorer = _Scorer(models, [(), *sizes], windows.ids, batch_size, opened)
-        dense, *scored = scorer.score_all(windows.text.source)
+        scorer = Scorer(models, [(), *sizes], windows.ids, batch_size, opened, score_tokens)
+        dense, *scored = scorer.score_all(f"Perplexity on {windows.text.source}", "windows")
     counted = windows.counted
     clusters = windows.clusters[counted]
     pruned = []
@@ -97,24 +97,29 @@ def _summary(scores: Scores, windows: EvaluationWindows, model: str) -> dict[str
     return {"perplexity": math.exp(loss), "losses": window_losses(scores, counted)}
 
 
-class _Scorer:
-    """Runs models on the same windows, the dense one first."""
+class Scorer:
+    """Runs models on the same windows or texts, the dense one first.
+
+    `score` makes scores of the models' results for a batch; it holds so many positions at once.
+    """
 
     def __init__(
         self,
         models: Models,
         sizes: Sequence[SizeKey],
-        ids: Tensor,
+        ids: Tokens,
         batch_size: int | None,
         opened: ExitStack,
+        score: Callable[[Any, Sequence[Any], int], list[Scores]],
     ) -> None:
         self.models = models
         self.sizes = sizes
         self.opened = opened
+        self.score = score
         self.skippable: dict[SizeKey, SkippableModel] = {}
         batch = batch_size or 1
-        batches_per_part = max(1, TOKENS_PER_PART // ids.shape[1] // batch)
-        self.parts = torch.split(ids, batches_per_part * batch)
+        batches_per_part = max(1, TOKENS_PER_PART // usual_length(ids) // batch)
+        self.parts = split(ids, batches_per_part * batch)
         self.dense, _ = self._model(())
         if not models.differ_in_blocks_alone:
             self._load_all()
@@ -124,7 +129,7 @@ class _Scorer:
             models.notify,
             memory=partial(available_memory, group=models.group),
             batch_size=batch_size,
-            checked=CHECKED_TOKENS,
+            checked=CHECKED_TOKENS if isinstance(ids, Tensor) else None,
         )
         self.forks = passes.forks
         self.size = passes.budget.sequences
@@ -132,21 +137,23 @@ class _Scorer:
         if not self.forks:
             self._load_all()
 
-    def score_all(self, source: str) -> list[Scores]:
-        """Return the scores of each model on all windows."""
+    def score_all(self, title: str, unit: str) -> list[Scores]:
+        """Return the scores of each model on all windows or texts."""
         group = self.models.group
         together = self._parts_together()
         runs = [self.parts[at : at + together] for at in range(0, len(self.parts), together)]
         scored = []
         count = sum(map(len, self.parts))
-        with task(self.models.notify, f"Perplexity on {source}", count, "windows") as advance:
+        with task(self.models.notify, title, count, unit) as advance:
             for turn in deal(runs, group.size):
                 mine = [self._score_run(run) for run in turn[group.rank]]
                 for scores in group.gather_in_order(mine):
                     scored.append(scores)
-                    losses = scores[0]["nll"]
-                    loss = min(float(losses.double().mean()), 700)
-                    advance(len(losses), f"dense: {math.exp(loss):.2f} in the last windows")
+                    note = ""
+                    if "nll" in scores[0]:
+                        loss = min(float(scores[0]["nll"].double().mean()), 700)
+                        note = f"dense: {math.exp(loss):.2f} in the last windows"
+                    advance(len(next(iter(scores[0].values()))), note)
         return join_models(scored)
 
     def _parts_together(self) -> int:
@@ -159,28 +166,27 @@ class _Scorer:
         return max(1, free // (needed * (len(self.sizes) + 1)))
 
     @torch.inference_mode()
-    def _score_run(self, parts: Sequence[Tensor]) -> list[Scores]:
+    def _score_run(self, parts: Sequence[Any]) -> list[Scores]:
         def score(size: int) -> list[Scores]:
             self.size = size  # later parts begin with the size that fitted
-            batches: list[Tensor] = []
+            batches: list[Any] = []
             for windows in parts:
-                batches += torch.split(windows.to(self.dense.device), size)
+                batches += split(windows.to(self.dense.device), size)
             # Streamed weights are read once for all batches.
             groups = [[batch] for batch in batches] if self.dense.weights.resident else [batches]
             scored = []
             for group in groups:
                 predict = self._predict if self.forks else self._predict_whole
-                predicted: Sequence[Sequence[Logits]] = predict(group)
-                for ids, logits in zip(group, predicted, strict=True):
-                    scored.append(score_tokens(ids, logits, self.positions))
+                for ids, results in zip(group, predict(group), strict=True):
+                    scored.append(self.score(ids, results, self.positions))
             return join_models(scored)
 
         device = self.models.placement.device
         notify = self.models.notify
         return in_smaller_pieces(score, self.size, device, notify, "continuing with {} windows")
 
-    def _predict(self, batches: Sequence[Tensor]) -> list[list[Predictions]]:
-        """Return the predictions of each model for each batch."""
+    def _predict(self, batches: Sequence[Any]) -> list[list[Any]]:
+        """Return the result of each model for each batch."""
         if self.models.differ_in_blocks_alone:
             return list(predict_together(self.dense, batches, self.sizes))
         predicted = list(predict_together(self.dense, batches, self.sizes[:1]))
@@ -193,14 +199,15 @@ class _Scorer:
                 of_batch += other
         return predicted
 
-    def _predict_whole(self, batches: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Return all logits of each model for each batch; no model runs block by block."""
-        predicted: list[list[Tensor]] = [[] for _ in batches]
+    def _predict_whole(self, batches: Sequence[Any]) -> list[list[Any]]:
+        """Return the result of each model for each batch; no model runs block by block."""
+        predicted: list[list[Any]] = [[] for _ in batches]
         for size in self.sizes:
             skippable, surgery = self._model(size)
             with surgery.simulate(skippable.model):
                 for of_batch, ids in zip(predicted, batches, strict=True):
-                    of_batch.append(skippable.logits(ids, surgery.removals))
+                    result = skippable.ending.of_model(skippable, ids, surgery.removals)
+                    of_batch.append(result)
         return predicted
 
     def _load_all(self) -> None:

@@ -68,24 +68,25 @@ def shape_of(architecture: Architecture, length: int, prompt: str | None) -> Tex
 def items_of(text: Text) -> list[Item]:
     """Return the texts of a file whose lines are texts or pairs; else passages of running text."""
     if not text.rows:
-        return list(_passages(text.content))
+        return list(passages(text.content))
     items: list[Item] = []
     for row in text.rows:
         items.append(row.text if row.query is None else (row.query, row.text))
     return items
 
 
-def _passages(content: str) -> list[str]:
-    passages = []
+def passages(content: str) -> list[str]:
+    """Cut running text between sentences into passages."""
+    cut = []
     for paragraph in content.split("\n"):
         current = ""
         for sentence in re.split(r"(?<=[.!?]) +", paragraph.strip()):
             if current and len(current) + len(sentence) > MAX_CHARACTERS:
-                passages.append(current)
+                cut.append(current)
                 current = ""
             current = f"{current} {sentence}".strip()
-        passages.append(current)
-    return [passage for passage in passages if len(passage) >= MIN_CHARACTERS]
+        cut.append(current)
+    return [passage for passage in cut if len(passage) >= MIN_CHARACTERS]
 
 
 def pad_texts(tokenizer: Any, items: Sequence[Item], shape: TextShape) -> PaddedTexts:

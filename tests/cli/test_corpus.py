@@ -1,0 +1,175 @@
+"""`sleb eval --corpus`: what models that only read lose, against plain arithmetic."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+from conftest import WORDS, prose
+from sleb_cli.engine.quality.corpus import ndcg, rank_correlation
+
+TEXTS = prose(240).splitlines()
+QUERIES = [" ".join(WORDS[start : start + 3]) for start in range(0, 30, 3)]
+
+
+def write_lines(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def beir(tmp_path):
+    """Forty documents and ten queries, of which two have no judgement."""
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    texts = [{"_id": f"d{n}", "title": WORDS[n % 9], "text": text} for n, text in enumerate(TEXTS)]
+    write_lines(folder / "corpus.jsonl", texts)
+    queries = [{"_id": f"q{n}", "text": text} for n, text in enumerate(QUERIES)]
+    write_lines(folder / "queries.jsonl", queries)
+    rows = [f"q{n}\td{4 * n + gain}\t{gain}" for n in range(8) for gain in (0, 1, 2)]
+    (folder / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *rows]))
+    return folder
+
+
+def reading(folder, items, removed=(), kind=AutoModel, length=48):
+    """Return what transformers' model puts out without blocks: vectors, or logits."""
+    model = kind.from_pretrained(folder).eval()
+    layers = (model if kind is AutoModel else model.bert).encoder.layer
+    for block in sorted(removed, reverse=True):
+        del layers[block]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = []
+    for item in items:
+        parts = (item,) if isinstance(item, str) else item
+        inputs = tokenizer(*parts, truncation=True, max_length=length, return_tensors="pt")
+        with torch.no_grad():
+            output = model(**inputs)
+        rows.append(output.last_hidden_state[0].mean(0) if kind is AutoModel else output.logits[0])
+    return torch.stack(rows)
+
+
+def measures(result):
+    return {corpus["measure"]: corpus for corpus in result.data["corpora"]}
+
+
+def test_an_index_of_each_size_ranks_as_plain_code_does(sleb, tiny_encoder, beir):
+    words = ["eval", tiny_encoder, "--blocks", "1,3", "--every", 1, "--corpus", beir, "--json"]
+    found = measures(sleb(*words))
+    texts = [f"passage: {WORDS[n % 9]} {text}" for n, text in enumerate(TEXTS)]
+    queries = [f"question: {text}" for text in QUERIES[:8]]
+    read = {}
+    for size in [(), (1,), (1, 3)]:
+        vectors = normalize(reading(tiny_encoder, texts + queries, size))
+        read[size] = vectors[len(texts) :], vectors[: len(texts)]
+    wanted = read[()][0] @ read[()][1].T
+    for number, size in enumerate([(1,), (1, 3)]):
+        for index, documents in (("old index", read[()][1]), ("own index", read[size][1])):
+            scores = read[size][0] @ documents.T
+            share, gain, place = [], [], []
+            for n, (row, dense) in enumerate(zip(scores.tolist(), wanted.tolist(), strict=True)):
+                top, before = (sorted(range(40), key=lambda d: -r[d])[:10] for r in (row, dense))
+                share.append(len({*top} & {*before}) / 10)
+                gains = {4 * n + 1: 1, 4 * n + 2: 2}
+                got = sum(gains.get(d, 0) / math.log2(at + 2) for at, d in enumerate(top))
+                gain.append(got / (2 + 1 / math.log2(3)))
+                place.append(
+                    max((1 / (at + 1) for at, d in enumerate(top) if d in gains), default=0)
+                )
+            for name, items in (("neighbours", share), ("nDCG@10", gain), ("MRR@10", place)):
+                scores_of = found[f"{name}, {index}"]["pruned"][number]
+                assert scores_of["items"] == pytest.approx(items, abs=1e-5), (name, index, size)
+                assert scores_of["value"] == pytest.approx(sum(items) / 8)
+        assert 0 < found["rank correlation"]["pruned"][number]["value"] < 1
+    dense = found["nDCG@10, old index"]["dense"]
+    assert dense == found["nDCG@10, own index"]["dense"]
+    change = found["nDCG@10, old index"]["pruned"][1]
+    assert change["difference"] == pytest.approx(change["value"] - dense["value"])
+
+
+def test_texts_ask_each_other_and_never_find_themselves(sleb, run_sleb, tiny_encoder, tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_text(prose(240))
+    words = ["eval", tiny_encoder, "--corpus", file, "--sequence-length", 24]
+    alone = measures(sleb(*words, "--json"))
+    assert set(alone) == {"neighbours, old index", "neighbours, own index", "rank correlation"}
+    assert all(corpus["dense"]["value"] == 1 for corpus in alone.values())
+    assert alone["rank correlation"]["texts"] == 40
+    shown = run_sleb(*words, "--blocks", 2, "--prompt", "query")
+    assert "which begin with 'question: '" in " ".join(shown.stdout.split())
+    vectors = normalize(reading(tiny_encoder, [f"question: {text}" for text in TEXTS], length=24))
+    pruned = reading(tiny_encoder, [f"question: {text}" for text in TEXTS], {2}, length=24)
+    nearest = []
+    for rows in (vectors, normalize(pruned)):
+        similar = rows @ vectors.T
+        nearest.append(similar.fill_diagonal_(-2).topk(10).indices.tolist())
+    share = sum(len({*one} & {*other}) for one, other in zip(*nearest, strict=True)) / 400
+    assert f"{share:.4f}" in shown.stdout
+
+
+def test_a_classifier_is_held_against_its_dense_self_and_labels(sleb, tiny_classifier, tmp_path):
+    rows = [{"text": text, "label": n % 3} for n, text in enumerate(TEXTS)]
+    rows[0]["label"] = "LABEL_0"
+    rows[1]["label"] = None
+    file = write_lines(tmp_path / "labels.jsonl", rows)
+    found = measures(sleb("eval", tiny_classifier, "--blocks", 2, "--corpus", file, "--json"))
+    kind = AutoModelForSequenceClassification
+    dense, pruned = (
+        reading(tiny_classifier, TEXTS, removed, kind, 64).argmax(-1) for removed in ((), {2})
+    )
+    same = found["same class"]["pruned"][0]
+    assert same["items"] == (dense == pruned).float().tolist()
+    assert same["lost"] == int((dense != pruned).sum())
+    right = [n % 3 == chosen for n, chosen in enumerate(pruned.tolist()) if n != 1]
+    assert found["accuracy"]["pruned"][0]["value"] == pytest.approx(sum(right) / 39)
+
+
+def test_a_reranker_ranks_the_candidates_of_each_query(sleb, tiny_reranker, tmp_path):
+    rows = [{"query": QUERIES[n % 10], "text": text} for n, text in enumerate(TEXTS)]
+    file = write_lines(tmp_path / "pairs.jsonl", rows)
+    found = measures(sleb("eval", tiny_reranker, "--blocks", 2, "--corpus", file, "--json"))
+    assert set(found) == {"rank correlation", "nDCG@10", "MRR@10"}
+    assert found["nDCG@10"]["queries"] == len(found["nDCG@10"]["dense"]["items"]) == 10
+    assert 0 < found["rank correlation"]["pruned"][0]["value"] < 1
+
+
+def test_what_is_kept_is_measured_once(sleb, run_sleb, tiny_encoder, beir, text_file):
+    few = ["--samples", 12, "--sequence-length", 16, "--sample-tokens", 0]
+    sleb("search", tiny_encoder, "--remove", 2, "--calibration", text_file, *few)
+    sleb("eval plan.json --remove 1 --corpus", beir)
+    more = run_sleb("eval plan.json --every 1 --corpus", beir)
+    assert "Measured before" not in more.said
+    again = run_sleb("eval plan.json --every 1 --corpus", beir)
+    assert "Measured before: beir." in again.said
+    assert again.stdout == more.stdout
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "said"),
+    [
+        ("tiny_encoder", "", "only reads, so it has no perplexity"),
+        ("tiny_encoder", "--tasks sleb_recall", "--tasks needs a language head"),
+        ("tiny_encoder", "--perplexity wikitext2", "--perplexity needs a language head"),
+        ("tiny_llama", "--corpus few.jsonl", "--corpus is for models that only read"),
+        ("tiny_encoder", "--corpus few.jsonl", "has 1 texts, but needs at least 12"),
+        ("tiny_encoder", "--corpus none.jsonl", "There is no file or folder none.jsonl"),
+        ("tiny_encoder", "--corpus .", "has no corpus.jsonl"),
+        ("tiny_classifier", "--corpus labels.jsonl", "The model has no class 'other'"),
+        ("tiny_encoder", "--corpus labels.jsonl --prompt none", "There is no prompt 'none'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(run_sleb, request, tmp_path, model, options, said):
+    write_lines(tmp_path / "few.jsonl", [{"text": "river"}])
+    rows = [{"text": text, "label": "other"} for text in TEXTS]
+    write_lines(tmp_path / "labels.jsonl", rows)
+    result = run_sleb("eval", request.getfixturevalue(model), *options.split())
+    assert result.exit_code != 0
+    assert said in result.said
+
+
+def test_measures_on_paper():
+    assert ndcg([3, 1], {1: 1.0, 2: 3.0}) == pytest.approx(0.6309 / (3 + 0.6309), abs=1e-4)
+    ranked = rank_correlation(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 3.0, 2.0]]))
+    assert ranked == [0.5]
