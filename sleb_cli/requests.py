@@ -34,7 +34,7 @@ def option_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-WorkloadName = Literal["prompt", "generation"]
+WorkloadName = Literal["prompt", "generation", "texts", "query"]
 """What is timed: processing a prompt, or generating after one."""
 
 Chat = Literal["all", "answers"]
@@ -693,10 +693,12 @@ class BenchRequest(SizesRequest):
     prompt: bool = _flag("Time prompt processing (prefill).", _WORKLOAD)
     generation: bool = _flag("Time generation (prefill and decode).", _WORKLOAD, default="both")
     batch_size: int | None = _count(
-        "Prompts per batch.", _WORKLOAD, default="1; generation: 64, or 4 on a CPU"
+        "Prompts per batch.",
+        _WORKLOAD,
+        default="1; generation: 64, or 4 on a CPU; texts: 1, 8 and 32",
     )
     prompt_length: int | None = _count(
-        "Tokens per prompt.", _WORKLOAD, default="2048, or 512 on a CPU; generation: 64"
+        "Tokens per prompt.", _WORKLOAD, default="2048, or 512 on a CPU; generation: 64; texts: 128"
     )
     new_tokens: int | None = _count(
         "Tokens to generate per prompt.", _WORKLOAD, default="128, or 32 on a CPU"
@@ -707,7 +709,9 @@ class BenchRequest(SizesRequest):
         metavar="TEXT",
     )
     iterations: int | None = _count(
-        "Timed runs of each model.", _TIMING, default="50, or 10 on a CPU; generation: 10"
+        "Timed runs of each model.",
+        _TIMING,
+        default="50, or 10 on a CPU; generation: 10; query: 50",
     )
     warmup: int | None = option(
         "Untimed runs of each model before timing.", _TIMING, default="until times are stable"

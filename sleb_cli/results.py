@@ -530,6 +530,7 @@ def merge_results(old: tuple[R, ...], new: tuple[R, ...]) -> tuple[R, ...]:
 class Workload(Record):
     """A timed workload. If `new_tokens` is 0, only the prompt is processed, without a KV cache.
 
+    Models that only read have the workloads texts, read together, and query, which is one text.
     Every iteration has random prompts of its own. `warmup` is null if it lasted until times were
     stable. `engine` runs the model: transformers, or a plugin's. If `compiled`, the KV cache has a
     fixed size.

@@ -111,9 +111,9 @@ class Findings:
 
     @cached_property
     def main_workloads(self) -> list[tuple[WorkloadResult, PrunedTiming]]:
-        """One generation and one prompt workload, with their times at the plan's size."""
+        """One workload of each name, with its times at the plan's size."""
         workloads = []
-        for name in ("generation", "prompt"):
+        for name in ("generation", "prompt", "texts", "query"):
             timed = []
             for result in self.workloads:
                 timing = self.at_plan_size(result.pruned)
@@ -139,16 +139,19 @@ class Findings:
         evaluate = f"sleb eval {plan}"
         if not self.plan.recovery:  # recovered weights fit one size only
             evaluate += " --every 2"
+        reads = self.plan.model.output is not None
         gaps = []
-        if not self.text_scores:
+        if reads and not self.evaluation:
+            gaps.append(("quality on a corpus", f"{evaluate} --corpus …"))
+        if not (reads or self.text_scores):
             gaps.append(("perplexity and divergence on text", evaluate))
-        if not self.tasks:
+        if not (reads or self.tasks):
             gaps.append(("accuracy on tasks", f"{evaluate} --tasks piqa,arc_easy"))
         if not self.main_workloads:
             gaps.append(("speed and memory", f"sleb bench {plan} --every 2"))
         if not self.plan.dense.held_out:
             gaps.append(("loss on held-out text", f"sleb search {model} --holdout 0.2 …"))
-        if not self.plan.sample_generation:
+        if not (reads or self.plan.sample_generation):
             gaps.append(("what both models say", f"sleb search {model} …"))
         return gaps
 

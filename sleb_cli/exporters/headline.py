@@ -62,10 +62,12 @@ def warnings(findings: Findings) -> list[str]:
     reasons = collapse_warnings(findings.plan.sample_generation)
     last = findings.plan.steps[-1].held_out if findings.plan.steps else None
     if last and last.overfits:
+        grew = f"loss grew by {last.generalization_gap:.3f} nats per token more"
+        if findings.plan.model.output:
+            grew = f"distance is {last.generalization_gap:.3f} larger"
         reasons.append(
-            "The search overfits its calibration text: on held-out text, the loss grew by "
-            f"{last.generalization_gap:.3f} nats per token more. More or different calibration "
-            "text may help."
+            f"The search overfits its calibration text: on held-out text, the {grew}. More or "
+            "different calibration text may help."
         )
     unstable = sum(result.warmup.stable is False for result in findings.workloads)
     if unstable:

@@ -44,6 +44,19 @@ def search_lines(plan: Plan) -> list[Line]:
     return lines
 
 
+def distance_lines(plan: Plan) -> list[Line]:
+    """Return the distance from the dense model's output, of a model that only reads."""
+    searched: dict[int, Estimate] = {}
+    held_out: dict[int, Estimate] = {}
+    for number, step in enumerate(plan.steps, start=1):
+        if step.distance is not None:
+            searched[number] = (step.distance, None)
+            if step.held_out:
+                held_out[number] = (step.held_out.loss, None)
+    lines = [Line("searched on", searched), Line("held out of the search", held_out)]
+    return [Line(line.name, {0: (0.0, None), **line.values}) for line in lines if line.values]
+
+
 def text_line(name: str, text: TextResult) -> Line:
     """Return the perplexity of a text."""
     dense = text.dense.perplexity

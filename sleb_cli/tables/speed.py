@@ -4,9 +4,8 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from sleb_cli.order import Order
 from sleb_cli.requests import TRANSFORMERS
-from sleb_cli.results import BenchResult, PrunedTiming, WorkloadResult
+from sleb_cli.results import BenchResult, PrunedTiming, Timing, Workload, WorkloadResult
 from sleb_cli.tables.table import Column, Scored, Table, between, by_model, model_name, tabulate
 from sleb_cli.units import format_bytes, format_count, format_milliseconds
 
@@ -16,7 +15,7 @@ _format_times = "{:.2f}x".format
 def benchmark_tables(result: BenchResult) -> list[Table]:
     """List the size, speed, latency and memory of each model."""
     timed = by_model(result.workloads, map(workload_name, result.workloads))
-    return [sizes(result), speeds(timed, result.order), latencies(timed), memory(timed)]
+    return [sizes(result), speeds(timed, result), latencies(timed), memory(timed)]
 
 
 def workload_name(result: WorkloadResult) -> str:
@@ -30,13 +29,24 @@ def workload_name(result: WorkloadResult) -> str:
     return name
 
 
-def speeds(timed: Iterable[Scored], order: Order) -> Table:
-    """List the speedup of each workload, without the parts of `order`."""
+def texts_per_second(workload: Workload, timing: Timing) -> float | None:
+    """Return how many texts a model reads in a second, by the median; None for other workloads."""
+    if workload.name != "texts":
+        return None
+    return 1000 * workload.batch_size / timing.e2el_ms.median
+
+
+def speeds(timed: Iterable[Scored], result: BenchResult) -> Table:
+    """List the speedup of each workload."""
+    order = result.order
+    reads = result.model.output is not None
+    workloads = {workload_name(measured): measured.workload for measured in result.workloads}
     columns: list[Column] = [
         ("workload", str),
         ("model", str),
         ("median", format_milliseconds),
         ("tokens/s", "{:,.1f}".format),
+        ("texts/s", "{:,.1f}".format),
         ("speedup", _format_times),
         ("95%", partial(between, form="{:.2f}".format)),
         ("blocks", _format_times),
@@ -49,8 +59,13 @@ def speeds(timed: Iterable[Scored], order: Order) -> Table:
             interval = timing.interval
             ratio = order.block_ratio(len(timing.removals))
         median = timing.e2el_ms.median
-        rows.append([workload, model, median, timing.tokens_per_second, speedup, interval, ratio])
+        rates = [timing.tokens_per_second, None]
+        if reads:
+            rates = [None, texts_per_second(workloads[workload], timing)]
+        rows.append([workload, model, median, *rates, speedup, interval, ratio])
     note = "Workloads: batch x prompt tokens + new tokens."
+    if reads:
+        note = "Workloads: batch x tokens of a text."
     if order.whole_blocks:
         note += " blocks: dense over remaining blocks, about the speedup of a large model."
     return tabulate("Speed", columns, rows, [note])
@@ -95,7 +110,7 @@ def memory(timed: Iterable[Scored]) -> Table:
     for workload, model, timing in timed:
         peak = timing.memory
         if peak:
-            parts = [peak.weights_bytes, peak.kv_cache_bytes, peak.rest_bytes]
+            parts = [peak.weights_bytes, peak.kv_cache_bytes or None, peak.rest_bytes]
             rows.append([workload, model, peak.peak_bytes, *parts])
     notes = ["rest: activations and, on a CPU, the program itself."]
     return tabulate("Peak memory", columns, rows, notes)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
+from sleb_cli.checks.clashes import given
 from sleb_cli.checks.subjects import NamedSubject
 from sleb_cli.checks.verbs import points_of
 from sleb_cli.engine.device import choose_device
 from sleb_cli.engine.door.named_model import plan_surgeries, resolve_subject
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.gguf.file import read_gguf
+from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.demo import demo_gguf
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.apply_gguf import require_same_kind_of_model
 from sleb_cli.engine.speed.benchmark import Benchmark
-from sleb_cli.engine.speed.workloads import make_workload
+from sleb_cli.engine.speed.workloads import TEXTS_AT_ONCE, make_workload
 from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notice, Notify
@@ -28,6 +31,11 @@ from sleb_cli.results import Workload
 from sleb_plugins import Engine, UsageError
 
 _SHAPE = ("batch_size", "prompt_length", "new_tokens")
+_OF_LANGUAGE_MODEL: Mapping[WorkloadName, Sequence[str]] = {
+    "prompt": ("batch_size", "prompt_length"),
+    "generation": _SHAPE,
+}
+"""The workloads of a language model, and the options that decide the shape of each."""
 
 
 def resolve_bench(
@@ -42,7 +50,10 @@ def resolve_bench(
     device = choose_device(request.device)
     subject = resolve_subject(named, source, registry, notify)
     architecture = subject.architecture
-    workloads = _workloads(request, engine, device, architecture.longest_sequence, notify)
+    if architecture.reading:
+        workloads = _workloads_of_reader(request, architecture, device)
+    else:
+        workloads = _workloads(request, engine, device, architecture.longest_sequence, notify)
     pruned = plan_surgeries(subject, named.sizes)
     dtype = place_model(architecture, device, request.dtype or AUTO, notify, stream=False).dtype
     engine_source = None
@@ -87,20 +98,48 @@ def _workloads(
     # repetitions.
     workloads: dict[Workload, None] = {}
     least = engine.least_new_tokens if engine else 0
-    for name, point in product(get_args(WorkloadName), points_of(request)):
+    for name, point in product(_OF_LANGUAGE_MODEL, points_of(request)):
         if not getattr(point, name) and point.prompt != point.generation:
             continue
-        given: dict[str, Any] = {"engine": point.engine, "compiled": point.compile}
-        for field in (*_SHAPE, "iterations", "warmup"):
-            value = getattr(point, field)
-            if value is not None:
-                given[field] = value
-        if name == "prompt":
-            given.pop("new_tokens", None)
-        workload = make_workload(name, device, positions, least_new_tokens=least, **given)
+        chosen = _chosen(point, _OF_LANGUAGE_MODEL[name])
+        workload = make_workload(name, device, positions, least_new_tokens=least, **chosen)
         workloads[workload] = None
-        if device.type == "cpu" and not point.sweep and given.keys().isdisjoint(_SHAPE):
+        if device.type == "cpu" and not point.sweep and chosen.keys().isdisjoint(_SHAPE):
             notify(
                 Notice(f"{workload.label}: less than the paper's setting, because this is a CPU.")
             )
     return tuple(workloads)
+
+
+def _workloads_of_reader(
+    request: BenchRequest, architecture: Architecture, device: torch.device
+) -> tuple[Workload, ...]:
+    """Return texts in each number and length that is asked for, and one query."""
+    limit = architecture.longest_sequence
+    workloads: dict[Workload, None] = {}
+    for point in points_of(request):
+        refused = given(point, "prompt generation new_tokens engine=*")
+        if refused:
+            raise UsageError(
+                f"{refused[0]} needs a language head, and {architecture.source.id} only reads.",
+                hint=f"Leave out {refused[0]}.",
+            )
+        batch_sizes = TEXTS_AT_ONCE
+        if point.batch_size:
+            batch_sizes = (point.batch_size,)
+        for batch_size in batch_sizes:
+            chosen = _chosen(point, ["prompt_length"])
+            texts = make_workload("texts", device, limit, batch_size=batch_size, **chosen)
+            workloads[texts] = None
+    query = make_workload("query", device, limit, **_chosen(request, []))
+    return (*workloads, query)
+
+
+def _chosen(request: BenchRequest, shape: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of a workload that a request sets, with these of its shape."""
+    chosen: dict[str, Any] = {"engine": request.engine, "compiled": request.compile}
+    for field in (*shape, "iterations", "warmup"):
+        value = getattr(request, field)
+        if value is not None:
+            chosen[field] = value
+    return chosen

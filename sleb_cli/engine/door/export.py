@@ -39,6 +39,12 @@ def resolve_export(
         from sleb_cli.engine.door.named_model import resolve_subject  # which imports torch
 
         subject = resolve_subject(named, source, registry, notify)
+        if subject.architecture.reading and exporter.only_counts:
+            raise UnsupportedModelError(
+                f"{exporter.name} needs a language head, and {subject.architecture.source.id} only "
+                "reads.",
+                hint="Write the checkpoint with `sleb apply`.",
+            )
     pruning = _pruning(request, named, subject, notify)
     # The format reads the metadata of a GGUF file itself.
     reads_gguf = exporter.uses_source and pruning.source_file

@@ -222,10 +222,14 @@ def _timed(benchmark: BenchResult | None, size: SizeKey) -> list[_Row]:
     rows = []
     for result in benchmark.workloads:
         if timing := of_size(result.pruned, size):
-            dense = f"{result.dense.tokens_per_second:,.1f}"
-            pruned = f"{timing.tokens_per_second:,.1f}"
-            name = f"{workload_name(result)}, tokens a second"
-            rows.append(_Row([name, dense, pruned, f"{timing.speedup:.2f}x"]))
+            unit = "tokens a second"
+            rates = [result.dense.tokens_per_second, timing.tokens_per_second]
+            if benchmark.model.output:
+                unit = "milliseconds"
+                rates = [result.dense.e2el_ms.median, timing.e2el_ms.median]
+            name = f"{workload_name(result)}, {unit}"
+            numbers = [f"{rate:,.1f}" for rate in rates]
+            rows.append(_Row([name, *numbers, f"{timing.speedup:.2f}x"]))
     return rows
 
 

@@ -15,6 +15,7 @@ import gguf
 
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files.weights import find_weights
+from sleb_cli.engine.forward.ending import ending_of
 from sleb_cli.engine.forward.placement import open_model
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.speed.transformers_model import TransformersModel, prepared, weights_bytes
@@ -63,7 +64,7 @@ def load_with_transformers(
         _size(surgery, weights_bytes(model)),
         dtype_name(placement.dtype),
         placement.device.type,
-        partial(prepared, model),
+        partial(prepared, model, ending_of(surgery.architecture, placement.device)),
         getattr(model.config.get_text_config(), "_attn_implementation", None),
     )
 

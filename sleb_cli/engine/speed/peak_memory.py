@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from sleb_cli.engine.device import free_memory, synchronize
+from sleb_cli.engine.forward.ending import Ending, ending_of
 from sleb_cli.engine.forward.placement import open_model
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import ModelSource
@@ -107,12 +108,16 @@ def _measure(
         model = open_model(surgery.architecture, placement, ignore).model
     synchronize(placement.device)
     seconds = time.perf_counter() - start
-    return seconds, [_run_memory(model, placement.device, workload) for workload in workloads]
+    ending = ending_of(surgery.architecture, placement.device)
+    memory = [_run_memory(model, ending, placement.device, workload) for workload in workloads]
+    return seconds, memory
 
 
-def _run_memory(model: Any, device: torch.device, workload: Workload) -> MemoryRecord | None:
+def _run_memory(
+    model: Any, ending: Ending, device: torch.device, workload: Workload
+) -> MemoryRecord | None:
     prompts = draw_prompts(workload, model.config.get_text_config().vocab_size, 0)
-    with prepared(model, workload) as ready:
+    with prepared(model, ending, workload) as ready:
         if workload.compiled:
             ready.run(prompts, workload.new_tokens)  # compiling takes memory, too, but only once
         free_memory()

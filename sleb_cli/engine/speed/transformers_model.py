@@ -1,7 +1,8 @@
-"""Run a model with transformers and time it: a prompt, or generation token by token."""
+"""Run a model with transformers and time it: a prompt, texts, or generation token by token."""
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -12,7 +13,9 @@ from torch import Tensor
 from transformers import CompileConfig, GenerationConfig
 
 from sleb_cli.engine.device import synchronize
+from sleb_cli.engine.forward.ending import Ending, Reader
 from sleb_cli.engine.model.generation import generate, with_requires_grad
+from sleb_cli.engine.model.padded import PaddedTexts
 from sleb_cli.engine.model.sizes import cache_layers, layer_tensors
 from sleb_cli.engine.third_party import error_saying, translate_errors
 from sleb_cli.engine.transformers_internals import BaseStreamer
@@ -31,24 +34,29 @@ _NOT_COMPILED = error_saying(
 
 
 @contextmanager
-def prepared(model: Any, workload: Workload) -> Iterator[TransformersModel]:
+def prepared(model: Any, ending: Ending, workload: Workload) -> Iterator[TransformersModel]:
     """Let a model run a workload as transformers loads it, compiled if the workload asks."""
     with with_requires_grad(model), ExitStack() as stack:
         if workload.compiled:
             torch._dynamo.reset()
             stack.enter_context(torch._dynamo.config.patch(cache_size_limit=MAX_COMPILED))
-        yield TransformersModel(model, workload)
+        yield TransformersModel(model, ending, workload)
 
 
 class TransformersModel:
-    """A transformers model with the settings of a workload."""
+    """A transformers model and its ending, with the settings of a workload."""
 
-    def __init__(self, model: Any, workload: Workload) -> None:
+    def __init__(self, model: Any, ending: Ending, workload: Workload) -> None:
         self._model = model
+        self._ending = ending
         self._workload = workload
         self._forward = model
         if workload.compiled:
             self._forward = torch.compile(model, dynamic=False)
+        self._without_cache = {"use_cache": False}
+        accepted = inspect.signature(model.forward).parameters
+        if isinstance(ending, Reader) and "use_cache" not in accepted:
+            self._without_cache = {}
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> TimedRun:
         """Process the prompts together and generate `new_tokens` for each."""
@@ -77,9 +85,12 @@ class TransformersModel:
     def _run(self, ids: Tensor, new_tokens: int, **options: Any) -> Any:
         compiled = self._workload.compiled
         if not new_tokens:
-            mask = torch.ones_like(ids)
+            texts = PaddedTexts(ids, torch.ones_like(ids))
             with translate_errors(_NOT_COMPILED) if compiled else nullcontext():
-                return self._forward(input_ids=ids, attention_mask=mask, use_cache=False)
+                output = self._forward(**texts.inputs(), **self._without_cache)
+            if isinstance(self._ending, Reader):
+                return self._ending.outputs(output, texts)
+            return output
         settings = GenerationConfig(
             do_sample=False,
             use_cache=True,

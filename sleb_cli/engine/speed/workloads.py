@@ -1,4 +1,4 @@
-"""The timed workloads, prompt processing and generation, and their settings."""
+"""The timed workloads and their settings: prompts and generation; texts and a query to read."""
 
 from __future__ import annotations
 
@@ -17,11 +17,18 @@ from sleb_plugins import UsageError
 _ON_ACCELERATOR: Mapping[WorkloadName, Mapping[str, Any]] = {
     "prompt": {"batch_size": 1, "prompt_length": 2048, "new_tokens": 0, "iterations": 50},
     "generation": {"batch_size": 64, "prompt_length": 64, "new_tokens": 128, "iterations": 10},
+    "texts": {"prompt_length": 128, "new_tokens": 0, "iterations": 50},
+    "query": {"batch_size": 1, "prompt_length": 16, "new_tokens": 0, "iterations": 50},
 }
 _ON_CPU: Mapping[WorkloadName, Mapping[str, Any]] = {
     "prompt": {"batch_size": 1, "prompt_length": 512, "new_tokens": 0, "iterations": 10},
     "generation": {"batch_size": 4, "prompt_length": 64, "new_tokens": 32, "iterations": 10},
+    "texts": {"prompt_length": 128, "new_tokens": 0, "iterations": 10},
+    "query": {"batch_size": 1, "prompt_length": 16, "new_tokens": 0, "iterations": 50},
 }
+
+TEXTS_AT_ONCE: tuple[int, ...] = (1, 8, 32)
+"""The batch sizes at which models that only read are timed."""
 
 
 def make_workload(

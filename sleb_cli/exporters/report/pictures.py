@@ -13,6 +13,7 @@ from sleb_cli.exporters.lines import (
     Line,
     accuracy_line,
     changes,
+    distance_lines,
     search_lines,
     speed_line,
     text_line,
@@ -29,6 +30,7 @@ from sleb_cli.exporters.report.drawing import (
     set_whole_ticks,
 )
 from sleb_cli.plan import Plan
+from sleb_cli.tables.search_results import DISTANCES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -135,6 +137,23 @@ def _draw_changes(lines: Sequence[Line], unit: str, figure: Figure) -> None:
     draw_by_size(axis, lines)
     axis.set_xlabel(f"{unit} removed")
     _label_changes(axis, lines)
+
+
+def distance_plot(plan: Plan) -> Plot | None:
+    """Plot the distance from the dense model's output by size, of a model that only reads."""
+    lines = distance_lines(plan)
+    if plan.model.output is None or not lines:
+        return None
+    caption = f"Each point is a mean over texts of the {DISTANCES[plan.model.output]}"
+    draw = partial(_draw_distances, lines, plan.unit)
+    return Plot(f"Distance from the dense model by {plan.unit} removed", caption, 280, draw)
+
+
+def _draw_distances(lines: Sequence[Line], unit: str, figure: Figure) -> None:
+    axis = figure.add_subplot()
+    draw_by_size(axis, lines)
+    axis.set(xlabel=f"{unit} removed", ylabel="distance")
+    axis.legend(loc="upper left")
 
 
 def _label_changes(axis: Axes, lines: Sequence[Line]) -> None:

@@ -5,7 +5,13 @@ from dataclasses import dataclass
 
 from sleb_cli.exporters.findings import Findings
 from sleb_cli.exporters.report.drawing import Plot
-from sleb_cli.exporters.report.pictures import perplexity_plot, search_plot, speed_plot, trade_plot
+from sleb_cli.exporters.report.pictures import (
+    distance_plot,
+    perplexity_plot,
+    search_plot,
+    speed_plot,
+    trade_plot,
+)
 from sleb_cli.plan import SampleGeneration
 from sleb_cli.tables import provenance, quality, search_results, speed
 from sleb_cli.tables.table import Table
@@ -38,9 +44,10 @@ def sections(findings: Findings) -> list[Section]:
         settings.append(provenance.result_settings(findings.benchmark))
     if plan.recovery:
         recovered = [search_results.recovery(plan.recovery)]
+    cost_plot = perplexity_plot(findings) or distance_plot(plan)
     candidates = [
         Section("trade", "Quality against speed", trade_plot(findings)),
-        Section("quality", "What it costs", perplexity_plot(findings), costs),
+        Section("quality", "What it costs", cost_plot, costs),
         Section("speed", "What it gains", speed_plot(findings), gains),
         Section("said", "What both models say", sample=plan.sample_generation),
         Section("search", f"How the {plan.unit} were found", search_plot(plan), search_tables),
