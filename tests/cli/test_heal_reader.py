@@ -69,7 +69,7 @@ def test_an_interrupted_healing_resumes_to_the_same_bytes(
 ):
     healed(tiny_encoder, "-o whole")
     with monkeypatch.context() as patches:
-        interrupt_healing(patches, 5, OutputDistillation)
+        interrupt_healing(patches, 7, OutputDistillation)
         healed(tiny_encoder, code=130)
     resumed = healed(tiny_encoder)
     assert "Continuing an interrupted healing, after" in resumed.stderr

@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from sleb_cli.engine.recovery.distillation import Batch, Distillation
 from sleb_cli.engine.recovery.stage import Job, whole_model
 from sleb_cli.engine.recovery.training import TransferSet
@@ -61,9 +63,12 @@ class LanguageSet(TransferSet):
     def _read(self, text: Sequences, begin: int) -> Iterator[Batch]:
         sequences, loss_mask = text
         counted = whole_mask(sequences, loss_mask)
-        for start in range(begin, len(sequences), self.size):
-            rows = slice(start, start + self.size)
-            yield self.distillation.batch(sequences[rows], counted[rows])
+        starts = range(begin, len(sequences), self.size)
+        return map(partial(self._batch, sequences, counted), starts)
+
+    def _batch(self, sequences: Tensor, counted: Tensor, start: int) -> Batch:
+        rows = slice(start, start + self.size)
+        return self.distillation.batch(sequences[rows], counted[rows])
 
 
 class TrainingText:
