@@ -68,7 +68,8 @@ class LanguageSet(TransferSet):
 
     def _batch(self, sequences: Tensor, counted: Tensor, start: int) -> Batch:
         rows = slice(start, start + self.size)
-        return self.distillation.batch(sequences[rows], counted[rows])
+        batch: Batch = self.distillation.batch(sequences[rows], counted[rows])
+        return batch
 
 
 class TrainingText:
