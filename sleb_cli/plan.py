@@ -124,22 +124,8 @@ class SearchRecord(Record):
     engine_reason: str | None
 
 
-class HeldOutRecord(Record):
-    """The loss of a model on the held-out sequences, and its perplexity: see `DenseRecord`.
-
-    `generalization_gap` is how much more the loss grew here than on the sequences searched on,
-    `standard_error` its standard error, and `overfits` whether that is more than chance explains.
-    """
-
-    loss: float
-    perplexity: Perplexity | None
-    generalization_gap: float = 0.0
-    standard_error: float = 0.0
-    overfits: bool = False
-
-
-class DenseRecord(Record):
-    """The dense model's loss on the searched sequences, in nats per token, and its perplexity.
+class _LossRecord(Record):
+    """A loss in nats per token, and its perplexity.
 
     For a model that only reads, a loss is the distance from what the dense model puts out, and
     there is no perplexity.
@@ -147,6 +133,28 @@ class DenseRecord(Record):
 
     loss: float
     perplexity: Perplexity | None
+
+    @property
+    def distance(self) -> float | None:
+        """The loss of a model that only reads."""
+        return self.loss if self.perplexity is None else None
+
+
+class HeldOutRecord(_LossRecord):
+    """The loss of a model on the held-out sequences.
+
+    `generalization_gap` is how much more the loss grew here than on the sequences searched on,
+    `standard_error` its standard error, and `overfits` whether that is more than chance explains.
+    """
+
+    generalization_gap: float = 0.0
+    standard_error: float = 0.0
+    overfits: bool = False
+
+
+class DenseRecord(_LossRecord):
+    """The dense model's loss on the searched sequences."""
+
     held_out: HeldOutRecord | None = None
 
 
@@ -282,8 +290,8 @@ class HealRecord(Record):
     generating the text.
 
     Training changes each matrix by one of `rank`, or of half the matrix's own rank if that is
-    lower; of a model that only reads, `rank` is null, as all weights of the blocks change. `losses` are of the best point, kept after `kept_tokens`; `stopped` says what ended
-    the training.
+    lower; of a model that only reads, `rank` is null, as all weights of the blocks change. `losses`
+    are of the best point, kept after `kept_tokens`; `stopped` says what ended the training.
     """
 
     minutes: float | None

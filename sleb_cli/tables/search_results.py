@@ -55,24 +55,23 @@ def _steps(plan: Plan) -> Table:
     held_out = dense.held_out
     loss = dense.loss if metric == NegativeLogLikelihood.name else None
     row: list[Any] = ["dense", None, None, loss, dense.perplexity, None]
-    at_start = 0.0 if plan.model.output else None
-    row += [held_out and held_out.perplexity, None, at_start, None]
+    row += [held_out and held_out.perplexity, None, dense.distance, None]
     rows = [row]
     for number, (removals, step) in enumerate(
         zip(plan.size_keys, plan.steps, strict=True), start=1
     ):
         removed = [step.block, step.kind] if plan.nested else [spans(removals), None]
-        score = None if metric == OutputDistance.name else step.score
-        row = [str(number), *removed, score]
+        row = [str(number), *removed, step.score]
+        if metric == OutputDistance.name:  # the distance, which has a column of its own
+            row[-1] = None
         row += _with_change(step.perplexity, dense.perplexity)
         if step.held_out and held_out:
             row += _with_change(step.held_out.perplexity, held_out.perplexity)
         else:
             row += [None, None]
-        row.append(step.distance)
-        row.append(step.held_out.loss if step.held_out and step.distance is not None else None)
+        row += [step.distance, step.held_out and step.held_out.distance]
         rows.append(row)
-    words = DISTANCES[plan.model.output] if plan.model.output else PERPLEXITY
+    words = DISTANCES.get(str(plan.model.output), PERPLEXITY)
     return tabulate("The steps of the search", columns, rows, [words, _summarize(plan)])
 
 

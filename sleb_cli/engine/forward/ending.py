@@ -7,7 +7,7 @@ The walk, the race, the plan and the proof know this seam, and none of the endin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from sleb_cli.engine.files.weights import find_weights
 from sleb_cli.engine.forward.logits import Logits, Predictions, score_logits
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.padded import PaddedTexts
-from sleb_cli.engine.model.reading import Module, Reading, pooling_modes
+from sleb_cli.engine.model.reading import Module, pooling_modes
 from sleb_plugins import LogitMetric, Metric, ModelError, OutputMetric
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 from sleb_plugins.metrics.output import OutputDistance
@@ -164,15 +164,15 @@ class Vectors(Reader):
 
     output = "vectors"
 
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self.modules = modules
+    def __init__(self, pooling: nn.Module, behind: nn.Sequential) -> None:
+        self.pooling = pooling
+        self.behind = behind
 
     def outputs(self, output: Any, texts: PaddedTexts) -> Tensor:
         """Return the vectors, as sentence-transformers computes them."""
-        values: Tensor = output.last_hidden_state.float()
-        for module in self.modules:
-            values = module(values, texts.mask) if isinstance(module, Pooling) else module(values)
-        return values
+        pooled = self.pooling(output.last_hidden_state.float(), texts.mask)
+        vectors: Tensor = self.behind(pooled)
+        return vectors
 
     def distance(self, outputs: Tensor, dense: Tensor) -> Tensor:
         """Return 1 - cosine."""
@@ -255,22 +255,25 @@ def ending_of(architecture: Architecture, device: torch.device) -> Ending:
     if reading is None:
         return LanguageHead()
     if reading.output == "vectors":
-        return Vectors(_modules(reading, architecture, device))
-    return Scores() if reading.output == "scores" else Classes()
+        pooling, *others = reading.modules
+        modes = pooling_modes(pooling, architecture.source)
+        return Vectors(Pooling(modes), _behind(others).to(device))
+    if reading.output == "scores":
+        return Scores()
+    return Classes()
 
 
-def _modules(reading: Reading, architecture: Architecture, device: torch.device) -> list[nn.Module]:
+def _behind(others: Sequence[Module]) -> nn.Sequential:
+    """Return the modules behind the pooling, with their weights."""
     modules: list[nn.Module] = []
-    for module in reading.modules:
-        if module.kind == "Pooling":
-            modules.append(Pooling(pooling_modes(module, architecture.source)))
-        elif module.kind == "Normalize":
+    for module in others:
+        if module.kind == "Normalize":
             modules.append(Normalize())
         elif module.kind == "Dense":
             modules += [_load(_dense(module), module), _activation(module)]
         elif module.kind == "LayerNorm":
             modules.append(_load(nn.LayerNorm(module.settings["dimension"]), module))
-    return [module.to(device).requires_grad_(False).eval() for module in modules]
+    return nn.Sequential(*modules).requires_grad_(False).eval()
 
 
 def _dense(module: Module) -> nn.Module:

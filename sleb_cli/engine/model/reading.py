@@ -20,10 +20,16 @@ from sleb_plugins import UnsupportedModelError
 
 POOLING_MODES = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
-_OLD_NAMES = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max"}
+_OLD_NAMES = {
+    "cls_token": "cls",
+    "mean_tokens": "mean",
+    "max_tokens": "max",
+    "weightedmean_tokens": "weightedmean",
+}
 """What configs of earlier versions of sentence-transformers call some modes of pooling."""
 
-KNOWN_MODULES = ("Pooling", "Dense", "Normalize", "LayerNorm", "Dropout")
+BEHIND = ("Dense", "Normalize", "LayerNorm", "Dropout")
+"""The modules that may follow the pooling."""
 
 SAVE_AGAIN = "Load it with a recent sentence-transformers, save it, and name the new folder."
 
@@ -70,7 +76,9 @@ def find_reading(source: ModelSource, config: Any, notify: Notify) -> Reading | 
     if any(name.endswith("ForSequenceClassification") for name in heads):
         if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             return None
-        return Reading("scores" if config.num_labels == 1 else "classes")
+        if config.num_labels == 1:
+            return Reading("scores")
+        return Reading("classes")
     bare = MODEL_MAPPING.get(type(config), None)
     if bare is None or heads != [getattr(bare, "__name__", None)]:
         return None
@@ -93,17 +101,19 @@ def _read_modules(source: ModelSource) -> Reading:
             f"{source.id} keeps its transformer in {first['path']}, not beside {MODULES}.",
             hint=SAVE_AGAIN,
         )
-    modules = []
+    modules: list[Module] = []
     for entry in others:
         kind = _class_of(entry)
-        if kind not in KNOWN_MODULES:
+        expected = BEHIND if modules else ("Pooling",)
+        if kind not in expected:
             raise _unknown(source, kind)
         folder = source.folder / entry["path"]
         modules.append(Module(kind, _settings_of(folder / "config.json"), folder))
     settings = _settings_of(source.folder / "sentence_bert_config.json")
     whole = _settings_of(source.folder / "config_sentence_transformers.json")
-    for module in modules:
-        pooling_modes(module, source)
+    if not modules:
+        raise _unknown(source, "Transformer and none behind it")
+    pooling_modes(modules[0], source)
     return Reading(
         "vectors",
         tuple(modules),
@@ -125,25 +135,24 @@ def _settings_of(file: Path) -> Mapping[str, Any]:
 def _unknown(source: ModelSource, kind: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{source.id} has a module {kind}, which sleb does not know.",
-        hint=f"sleb knows Transformer, {', '.join(KNOWN_MODULES)}.",
+        hint=f"sleb knows Transformer, then Pooling, then {', '.join(BEHIND)}.",
     )
 
 
 def pooling_modes(module: Module, source: ModelSource) -> list[str]:
-    """Return the modes of a pooling module, whose results are joined; none for another module.
+    """Return the modes of a pooling module, whose results are joined.
 
     Raises:
         UnsupportedModelError: sleb does not know one.
     """
-    if module.kind != "Pooling":
-        return []
     named = module.settings.get("pooling_mode")
-    modes = [named] if isinstance(named, str) else list(named or ())
+    modes = list(named or ())
+    if isinstance(named, str):
+        modes = [named]
     for key, value in module.settings.items():
         if key.startswith("pooling_mode_") and value:
             name = key.removeprefix("pooling_mode_")
-            modes.append(_OLD_NAMES.get(name, name.removesuffix("_tokens")))
-    modes = ["mean_sqrt_len_tokens" if mode == "mean_sqrt_len" else mode for mode in modes]
+            modes.append(_OLD_NAMES.get(name, name))
     for mode in modes:
         if mode not in POOLING_MODES:
             raise _unknown(source, f"Pooling with {mode}")

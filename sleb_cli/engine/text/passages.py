@@ -71,7 +71,10 @@ def items_of(text: Text) -> list[Item]:
         return list(passages(text.content))
     items: list[Item] = []
     for row in text.rows:
-        items.append(row.text if row.query is None else (row.query, row.text))
+        if row.query is None:
+            items.append(row.text)
+        else:
+            items.append((row.query, row.text))
     return items
 
 
@@ -103,7 +106,9 @@ def pad_texts(tokenizer: Any, items: Sequence[Item], shape: TextShape) -> Padded
     for row, item in enumerate(items):
         encoded = _encode(tokenizer, item, shape, length)
         count = len(encoded["input_ids"])
-        begin = length - count if tokenizer.padding_side == "left" else 0
+        begin = 0
+        if tokenizer.padding_side == "left":
+            begin = length - count
         where = slice(begin, begin + count)
         ids[row, where] = torch.tensor(encoded["input_ids"])
         mask[row, where] = 1
