@@ -61,7 +61,7 @@ def test_the_plan_records_it(healed, sleb, tiny_encoder, tmp_path):
     assert (found.train_text.sequences, found.test_text.sequences) == (36, 2)
     assert found.heal.rank is None
     assert found.heal.losses.divergence <= found.pruned.divergence
-    assert found.dense.divergence < 1e-6
+    assert 0 <= found.dense.divergence < 1e-6
 
 
 def test_an_interrupted_healing_resumes_to_the_same_bytes(

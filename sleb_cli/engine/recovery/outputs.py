@@ -111,8 +111,9 @@ class OutputComparison:
     def losses(self, variant: Variant) -> Losses:
         """Return the mean distance, which is the loss, too."""
         outputs = read_all(variant, self._texts)
-        distance = float(_ending(variant.skippable).distance(outputs, self._dense).mean())
-        return Losses(distance, distance)
+        distances = _ending(variant.skippable).distance(outputs, self._dense)
+        mean = max(0.0, float(distances.mean()))  # rounding may leave less than 0
+        return Losses(mean, mean)
 
 
 @torch.no_grad()
