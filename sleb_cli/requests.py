@@ -629,7 +629,7 @@ class EvalRequest(SizesRequest):
         "org/name[:config][:split][:column]. In conversations "
         "(`messages`), only the answers count.",
         _QUALITY,
-        default=f"{DEFAULT_TEXT}, unless --tasks",
+        default=f"{DEFAULT_TEXT}, unless --tasks or --corpus",
     )
     tasks: tuple[str, ...] = _list(
         "Run these lm-eval tasks and groups, or sleb, canaries, leaderboard-v1, leaderboard-v2: "

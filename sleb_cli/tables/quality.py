@@ -245,9 +245,11 @@ def tasks(scored: Iterable[Scored]) -> Table:
 
 def corpora(results: Sequence[CorpusResult]) -> Table:
     """List each measure of each corpus on each model."""
-    names = [f"{result.corpus}, {result.measure}" for result in results]
+    names = []
     notes = []
     for result in results:
+        alone = result.sha256 == results[0].sha256 == results[-1].sha256
+        names.append(result.measure if alone else f"{result.measure}, {result.corpus}")
         notes.append(_describe(result))
     for word, note in _MEASURES.items():
         if any(word in name for name in names):

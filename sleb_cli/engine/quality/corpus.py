@@ -30,6 +30,7 @@ from sleb_cli.order import SizeKey
 from sleb_cli.results import CorpusResult, TaskScores
 from sleb_cli.texts.corpus import Corpus
 from sleb_cli.texts.messages import Label
+from sleb_cli.units import plural
 from sleb_plugins import DataError, ModelError
 
 QUERY_PROMPTS = ("query",)
@@ -79,21 +80,20 @@ def tokenize_corpus(
         DataError: there are too few texts, or a label is no class of the model.
         UsageError: the model has no prompt of this name.
     """
-    reading = architecture.reading
-    assert reading is not None
     if len(corpus.texts) < NEAREST + 2:
         raise DataError(
-            f"{name} has {len(corpus.texts)} texts, but needs at least {NEAREST + 2}.",
+            f"{name} has {plural(len(corpus.texts), 'text')}, but needs at least {NEAREST + 2}.",
             hint="Add more texts to it.",
         )
     shapes = [_shape(architecture, length, prompt)]
     candidates: list[list[int]] = []
     labels: list[int | None] = []
     items: Sequence[Item] = corpus.texts
-    if reading.output == "classes":
+    output = architecture.record.output
+    if output == "classes":
         items = corpus.items
         labels = [_class_of(label, architecture.config) for label in corpus.labels]
-    elif reading.output == "scores":
+    elif output == "scores":
         candidates, items = _pair(corpus)
     elif corpus.queries:
         shapes = [
@@ -101,7 +101,7 @@ def tokenize_corpus(
             _shape(architecture, length, None, TEXT_PROMPTS),
         ]
     texts = pad_texts(tokenizer, items, shapes[-1])
-    if reading.output == "vectors" and corpus.queries:
+    if len(shapes) > 1:
         texts = join([texts, pad_texts(tokenizer, corpus.queries, shapes[0])])
     known = {"tokens": tokens_sha256(texts.ids), "gains": corpus.gains, "labels": labels}
     description = {
