@@ -188,7 +188,7 @@ def same_fingerprint(one: str, other: str) -> bool:
 
 Check = Literal[
     "complete", "same bytes", "same tokens", "spells others", "loads", "same logits",
-    "every expert", "generates",
+    "every expert", "generates", "same outputs", "same vectors",
     "saves again",
 ]  # fmt: skip
 """What a proof can check in a checkpoint: see `engine/output/proof.py`.
@@ -207,8 +207,12 @@ class Proof(Record):
     ("dense"), also with the recovered weights ("recovered"), the dense model if only tokens go
     ("whole"), or the dense model whose routers cannot choose these experts ("fewer experts") or
     choose fewer ("fewer experts per token"). `partial` says why some checks were skipped. Numbers
-    are null if no logits were compared; differences are relative to the largest logit.
+    are null if no logits were compared; differences are relative to the largest logit. Of a model
+    that only reads, its outputs are compared in place of logits, and `vectors_difference` is that
+    of the vectors which sentence-transformers computes from text.
     """
+
+    left_out_if_none = frozenset({"vectors_difference"})
 
     checks: tuple[Check, ...]
     reference: Reference = "dense"
@@ -222,6 +226,7 @@ class Proof(Record):
     logits_tolerance: float | None = None
     cache_difference: float | None = None
     cache_tolerance: float | None = None
+    vectors_difference: float | None = None
 
 
 def differences(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> str:

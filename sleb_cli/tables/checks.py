@@ -15,7 +15,7 @@ def describe_reference(kind: Reference, dense: str = "the dense model") -> str:
     return words[kind]
 
 
-def match_clause(kind: Reference) -> str:
+def match_clause(proof: Proof) -> str:
     """Say in a few words what a complete proof has shown."""
     words: dict[Reference, str] = {
         "dense": "the original without these blocks",
@@ -24,7 +24,14 @@ def match_clause(kind: Reference) -> str:
         "fewer experts": "the original without these experts",
         "fewer experts per token": "the original with as few experts for each token",
     }
-    return f"matches {words[kind]}"
+    where = ", in sentence-transformers" if "same vectors" in proof.checks else ""
+    return f"matches {words[proof.reference]}{where}"
+
+
+def _how_close(difference: float | None, allowed: str = "") -> str:
+    if not difference:
+        return "bitwise equal to those"
+    return f"within {difference:.1g} of the largest{allowed} of those"
 
 
 def check_clauses(proof: Proof, dense: str = "the dense model") -> list[str]:
@@ -35,12 +42,7 @@ def check_clauses(proof: Proof, dense: str = "the dense model") -> list[str]:
     compared = describe_reference(proof.reference, dense)
     if "same tokens" in proof.checks:
         compared += ", for the tokens that stay"
-    close = "bitwise equal to those"
-    if proof.logits_difference:
-        close = (
-            f"within {proof.logits_difference:.1g} of the largest "
-            f"(allowed: {proof.logits_tolerance:.1g}) of those"
-        )
+    close = _how_close(proof.logits_difference, f" (allowed: {proof.logits_tolerance or 0:.1g})")
     words: dict[Check, str] = {
         "complete": "every planned file is there and complete, and no other",
         "same bytes": f"the bytes of every weight are those of {weights}",
@@ -51,6 +53,10 @@ def check_clauses(proof: Proof, dense: str = "the dense model") -> list[str]:
         f"{close} of {compared}",
         "every expert": "each expert, used by force, gives what it gave before",
         "generates": "it generates with the KV cache",
+        "same outputs": f"its outputs for padded texts ({proof.prompt_tokens} positions) are "
+        f"{close} of {compared}",
+        "same vectors": f"stock sentence-transformers loads it, and its vectors are "
+        f"{_how_close(proof.vectors_difference)}",
         "saves again": "transformers saves it again, with the same weights",
     }
     return [words[check] for check in proof.checks]

@@ -88,6 +88,7 @@ def _show_written(path: str, result: ApplyResult | GgufResult, size: int) -> Non
 
 def _show_checkpoint(result: ApplyResult) -> None:
     from sleb_cli.tables.search_results import recovery
+    from sleb_cli.tables.usage import python_lines
 
     if result.recovery:
         show_table(recovery(result.recovery), title=False)
@@ -95,13 +96,17 @@ def _show_checkpoint(result: ApplyResult) -> None:
         _show_proof(result.proof, [])
     else:
         print_line(_NOT_VERIFIED)
-    if result.removals and not result.recovery:
-        print_line(
-            "--recover would win back a fifth to three fifths of what was lost, in minutes to an "
-            "hour"
-        )
     folder = in_shell(result.folder)
-    print_to_copy(f"to run it: transformers serve {folder}, or vllm serve {folder}")
+    run = f"transformers serve {folder}, or vllm serve {folder}"
+    better = (
+        "--recover would win back a fifth to three fifths of what was lost, in minutes to an hour"
+    )
+    if output := result.model.output:
+        run = python_lines(output, result.folder)[1]
+        better = "--heal would bring it closer to the dense model, in ten minutes"
+    if result.removals and not result.recovery:
+        print_line(better)
+    print_to_copy(f"to run it: {run}")
     print_to_copy(f"to publish it: hf upload ORG/NAME {folder} --private")
 
 
@@ -125,7 +130,7 @@ def _show_proof(proof: Proof, clauses: list[str]) -> None:
     if proof.partial:
         _show_partial(where, [*clauses, *check_clauses(proof), proof.partial])
     else:
-        print_prose(stdout(), f"[green]proven[/]{where}: {match_clause(proof.reference)}")
+        print_prose(stdout(), f"[green]proven[/]{where}: {match_clause(proof)}")
 
 
 def _show_partial(where: str, clauses: list[str]) -> None:

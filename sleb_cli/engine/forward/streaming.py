@@ -192,7 +192,7 @@ class StreamedBlocks(BlockWeights):
         """Let transformers make parameters of these tensors; return its loading info."""
         with translate_transformers_errors(f"the weights of {self._architecture.source.id}"):
             info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), self._config)
-        problem = loading_problem(info.to_dict(), "mismatched")
+        problem = loading_problem(self._architecture, info.to_dict(), "mismatched")
         if problem is None and info.conversion_errors:
             problem = str(next(iter(info.conversion_errors.values())))
         if problem:
@@ -206,7 +206,7 @@ class StreamedBlocks(BlockWeights):
         info.missing_keys -= {f"{path}.{name}" for name in self.modules.state_dict()}
         with translate_transformers_errors(f"the weights of {self._architecture.source.id}"):
             info = self.model._finalize_model_loading(self.model, self._config, info)
-        problem = loading_problem(info.to_dict(), "missing")
+        problem = loading_problem(self._architecture, info.to_dict(), "missing")
         if problem:
             raise misfit(self._architecture, problem)
         read_generation_config(self.model, self._architecture.source.folder)

@@ -113,12 +113,18 @@ class Architecture:
         return ""
 
     @property
+    def makes_vectors(self) -> bool:
+        """Whether the model makes a vector of each text."""
+        return self.reading is not None and self.reading.output == "vectors"
+
+    @property
     def auto_class(self) -> Any:
         """The auto class that loads the whole model; None if sleb has no use for it."""
         kind = type(self.config)
+        if self.makes_vectors:
+            return AutoModel
         if self.reading is not None:
-            is_vector = self.reading.output == "vectors"
-            return AutoModel if is_vector else AutoModelForSequenceClassification
+            return AutoModelForSequenceClassification
         if self.text_config is not self.config and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             return AutoModelForImageTextToText
         if kind in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(self.config, "auto_map"):

@@ -75,6 +75,8 @@ def find_block_numbering(names: Iterable[str], path: str, count: int) -> BlockNu
     prefixes = [
         prefix for prefix in path_suffixes(path) if prefix in complete
     ] or _sort_by_likeness(complete, path)
+    # An encoder may be saved within a model that has a head.
+    prefixes = prefixes or [prefix for prefix in complete if prefix.endswith(f".{path}.")]
     if not prefixes:
         return None
     numbers = set(complete[prefixes[0]])

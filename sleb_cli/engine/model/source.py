@@ -113,10 +113,16 @@ class ModelSource:
             return []
         files = [listing, self.folder / "sentence_bert_config.json"]
         files.append(self.folder / "config_sentence_transformers.json")
-        for module in read_json_list(listing):
-            if module["path"]:
-                files += (self.folder / module["path"]).glob("*")
+        for path in self.module_paths:
+            files += (self.folder / path).glob("*")
         return files
+
+    @cached_property
+    def module_paths(self) -> list[str]:
+        """The folders of the modules of a sentence-transformers model, but the transformer's."""
+        listing = self.folder / MODULES
+        modules = read_json_list(listing) if listing.is_file() else []
+        return [module["path"] for module in modules if module["path"]]
 
     def require_own_code(self) -> None:
         """Refuse trusted code of another repository, which cannot be pinned."""

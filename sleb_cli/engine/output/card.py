@@ -13,24 +13,36 @@ from huggingface_hub import EvalResult as HubResult
 from huggingface_hub import ModelCardData, metadata_load
 
 from sleb_cli.engine.files.copying import holds_file
+from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.measured import of_size
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.names import public_source
 from sleb_cli.order import SizeKey
 from sleb_cli.plan import CHECKPOINT_PLAN, Plan, RecoveryRecord, SampleGeneration
-from sleb_cli.records import Proof
+from sleb_cli.records import OutputKind, Proof
 from sleb_cli.results import ApplyResult, BenchResult, EvalResult
 from sleb_cli.tables import search_results
 from sleb_cli.tables.checks import check_clauses
 from sleb_cli.tables.quality import perplexity_change, task_name, text_names
 from sleb_cli.tables.speed import workload_name
 from sleb_cli.tables.table import Table, in_markdown, to_markdown
+from sleb_cli.tables.usage import python_lines
 from sleb_cli.units import format_change, format_perplexity
 from sleb_cli.version import __version__
 
 CARD = "README.md"
 
 _NOT_IN_HUB_NAME = re.compile(r"[^\w.-]+")
+
+
+_FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+
+_PIPELINES = {
+    None: "text-generation",
+    "vectors": "feature-extraction",
+    "scores": "text-ranking",
+    "classes": "text-classification",
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,22 @@ def model_card(
     if recovery:
         lines += _recovery(recovery)
     lines += _proof(written.proof)
+    if written.model.output:
+        lines += _for_readers(source, written.model.output, subject.surgery.name)
     return "\n".join([*lines, ""])
+
+
+def _for_readers(source: ModelSource, output: OutputKind, name: str) -> list[str]:
+    """Say how the model is run, and repeat the base model's card."""
+    imported, run = python_lines(output, name)
+    lines = ["", "```python", imported, "", run, "```"]
+    if holds_file(source.folder, CARD):
+        theirs = _FRONT_MATTER.sub(
+            "", (source.folder / CARD).read_text("utf-8", "replace"), count=1
+        )
+        lines += ["", "---", "", "What follows is the base model's card, unchanged."]
+        lines += ["", theirs.strip()]
+    return lines
 
 
 def _removal(subject: Subject, recovery: RecoveryRecord | None) -> list[str]:
@@ -120,6 +147,10 @@ def _front_matter(subject: Subject, results: list[HubResult]) -> str:
     if holds_file(source.folder, CARD):
         with suppress(OSError, ValueError, yaml.YAMLError):
             base = metadata_load(source.folder / CARD) or {}
+    output = subject.architecture.record.output
+    library = "transformers"
+    if output:
+        library = _word(base.get("library_name")) or library
     tags = ["sleb", "pruned"]
     for tag in _listed(base.get("tags")):
         # Some programs write `base_model:` tags, which name the base of the base, not ours.
@@ -130,8 +161,8 @@ def _front_matter(subject: Subject, results: list[HubResult]) -> str:
         # The Hub knows adapter, merge, quantized and finetune: only the last is of the base model's
         # own kind, changed.
         base_model_relation="finetune" if source.revision else None,
-        library_name="transformers",
-        pipeline_tag=_word(base.get("pipeline_tag")) or "text-generation",
+        library_name=library,
+        pipeline_tag=_word(base.get("pipeline_tag")) or _PIPELINES[output],
         license=_words(base.get("license")) or None,
         # A licence that the Hub does not know is "other", and these say which.
         license_name=_word(base.get("license_name")),

@@ -324,7 +324,8 @@ def _find_other_files(
     copies: dict[str, Path] = {}
     left_out: list[str] = []
     outside: list[str] = []
-    for path in _entries(folder, _REWRITTEN | written | weight_files):
+    modules = tuple(f"{path}/" for path in source.module_paths)
+    for path in _entries(source, _REWRITTEN | written | weight_files):
         inside = path.relative_to(folder).as_posix()
         if links_outside(path, folder):
             outside.append(inside)
@@ -332,7 +333,8 @@ def _find_other_files(
             if path.parent == folder:
                 left_out.append(f"{inside}/")
         elif path.is_file() and not _is_ours(path):
-            if not other_formats.WEIGHTS.fullmatch(path.name) and inside not in in_other_formats:
+            is_other = other_formats.WEIGHTS.fullmatch(path.name) or inside in in_other_formats
+            if inside.startswith(modules) or not is_other:
                 copies[inside] = path
             elif inside not in weight_files:
                 left_out.append(inside)
@@ -356,18 +358,21 @@ def _bytes_of(files: Iterable[Path]) -> int:
     return total
 
 
-def _entries(folder: Path, skipped: set[str]) -> list[Path]:
+def _entries(source: ModelSource, skipped: set[str]) -> list[Path]:
     """Return the files and links that may belong to the model.
 
     Folders of its other formats count as a whole.
     """
+    folder = source.folder
     entries = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name in skipped or path.name.endswith(".index.json"):
             continue
         if links_outside(path, folder) or not path.is_dir() or path.name in other_formats.FOLDERS:
             entries.append(path)
-        elif not (path / "config.json").is_file():  # else it is another model
+        elif (
+            path.name in source.module_paths or not (path / "config.json").is_file()
+        ):  # another model's
             for file in sorted(path.rglob("*")):
                 if not any(name[0] == "." for name in file.relative_to(path).parts):
                     entries.append(file)

@@ -1,29 +1,34 @@
 """Prove that a saved checkpoint computes what the dense model computes without the removed parts.
 
 Three checks, in order: the files hold the planned bytes; stock transformers loads them, and the
-logits equal the dense model's; the checkpoint generates with the KV cache. If logits differ,
-both models are compared in a wider data type, which decides: a fault shows there, and the rounding
-of a narrow type does not. If the dense model does not fit in memory, no logits are compared, and
-the proof says that it is partial. docs/reference/commands.md lists what a proof cannot see.
+logits equal the dense model's; the checkpoint generates with the KV cache. For a model that only
+reads, its outputs take the place of logits, and stock sentence-transformers, if it is installed,
+that of generation. If logits differ, both models are compared in a wider data type, which decides:
+a fault shows there, and the rounding of a narrow type does not. If the dense model does not fit in
+memory, no logits are compared, and the proof says that it is partial. docs/reference/commands.md
+lists what a proof cannot see.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import dtype_name, free_memory, hint_for_nonfinite
 from sleb_cli.engine.forward.decoding import CACHE_TOLERANCES, check_decoding, relative_difference
+from sleb_cli.engine.forward.ending import Reader, ending_of
 from sleb_cli.engine.forward.offload import align
 from sleb_cli.engine.forward.placement import blocks_on_disk, open_model
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.block_names import PREDICTION
+from sleb_cli.engine.model.padded import PaddedTexts, Tokens, ids_of
+from sleb_cli.engine.output import stock_vectors
 from sleb_cli.engine.output.proof_of_files import (
     PROMPT,
     Planned,
@@ -39,11 +44,15 @@ from sleb_cli.engine.surgery.loading import (
     loading_problem,
 )
 from sleb_cli.engine.surgery.surgery import Surgery
+from sleb_cli.engine.text.passages import Item, pad_texts, shape_of
 from sleb_cli.engine.third_party import translate_errors
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.records import Check, Proof, Reference
 from sleb_cli.tables.checks import describe_reference
 from sleb_plugins import ModelError, ProofError
+
+TEXTS = (PROMPT, *PROMPT.split(". "))
+"""The texts for models that read: of several lengths, so that most are padded."""
 
 PROMPT_TOKENS = 64
 NEW_TOKENS = 8
@@ -102,16 +111,20 @@ def prove(
                 models, comparison = _compare(models, cast)
             numbers = {
                 "prompt": "random tokens" if tokenizer is None else "text",
-                "prompt_tokens": models.prompt().shape[1],
-                "new_tokens": models.new_tokens,
-                "logits_difference": comparison.logits_difference,
+                "prompt_tokens": models.prompt().numel(),
+                "logits_difference": comparison.difference,
                 "logits_tolerance": models.allowed,
-                "cache_difference": comparison.cache_difference,
-                "cache_tolerance": CACHE_TOLERANCES.get(models.placement.dtype, 0.0),
+                "vectors_difference": comparison.vectors_difference,
             }
-            checks += ["loads", "same logits"]
+            checks += ["loads", models.compared]
             checks += [cut.extra_check for cut in surgery.cuts if cut.extra_check]
-            checks.append("generates")
+            if architecture.reading is None:
+                numbers["new_tokens"] = models.new_tokens
+                numbers["cache_difference"] = comparison.cache_difference
+                numbers["cache_tolerance"] = CACHE_TOLERANCES.get(models.placement.dtype, 0.0)
+                checks.append("generates")
+            elif comparison.vectors_difference is not None:
+                checks.append("same vectors")
     return Proof(
         checks=tuple(checks),
         reference=reference,
@@ -124,16 +137,19 @@ def prove(
 
 @dataclass(frozen=True)
 class _Comparison:
-    """What both models have shown in one data type; differences are relative to the largest logit.
+    """What both models have shown in one data type; differences are relative to the largest logit
+    or output.
 
     Attributes:
+        vectors_difference: None if sentence-transformers did not run.
         cache_difference: None if the checkpoint was not asked to generate, or does not.
         failed: the check that failed, if any.
         fault: a clause that says how.
     """
 
-    logits_difference: float
+    difference: float
     cache_difference: float | None = None
+    vectors_difference: float | None = None
     failed: Check | None = None
     fault: str = ""
 
@@ -178,6 +194,11 @@ class _Models:
         return max([TOLERANCES.get(self.placement.dtype, 0.0), *tolerances])
 
     @property
+    def compared(self) -> Literal["same logits", "same outputs"]:
+        """The name of the comparison."""
+        return "same logits" if self.surgery.architecture.reading is None else "same outputs"
+
+    @property
     def new_tokens(self) -> int:
         """The number of tokens to generate."""
         new_tokens = NEW_STREAMED_TOKENS if self.placement.stream else NEW_TOKENS
@@ -187,21 +208,32 @@ class _Models:
     def _limit(self) -> int:
         return self.surgery.architecture.longest_sequence or PROMPT_TOKENS + NEW_TOKENS
 
-    def prompt(self) -> Tensor:
-        """Return the ids of the prompt, [1, positions]."""
+    def prompt(self) -> Tokens:
+        """Return the ids of the prompt, [1, positions], or texts for a model that reads."""
+        architecture = self.surgery.architecture
+        shape = shape_of(architecture, self._limit, None)
+        if shape and self.tokenizer is not None:
+            texts: list[Item] = list(TEXTS)
+            if architecture.record.output == "scores":
+                texts = [(TEXTS[1], text) for text in TEXTS]
+            padded = pad_texts(self.tokenizer, texts, shape).trimmed()
+            return padded.to(self.placement.device)
         room = min(PROMPT_TOKENS, max(1, self._limit - self.new_tokens))
         if self.tokenizer is not None:
             ids = torch.tensor([self.tokenizer(PROMPT).input_ids[:room]])
         else:
-            vocabulary = self.surgery.architecture.config.get_text_config().vocab_size
+            vocabulary = architecture.config.get_text_config().vocab_size
             random = torch.Generator().manual_seed(0)
             ids = torch.randint(vocabulary, (1, room), generator=random)
-        return ids.to(self.placement.device)
+        ids = ids.to(self.placement.device)
+        return PaddedTexts(ids, torch.ones_like(ids)) if shape else ids
 
-    def pruned_prompt(self) -> Tensor:
-        """Return the ids of the prompt in the checkpoint's vocabulary."""
-        ids = self.surgery.token_ids(self.prompt()[0].tolist())
-        return torch.tensor([ids], device=self.placement.device)
+    def pruned_prompt(self) -> Tokens:
+        """Return the prompt in the checkpoint's vocabulary."""
+        prompt = self.prompt()
+        rows = [self.surgery.token_ids(row) for row in ids_of(prompt).tolist()]
+        ids = torch.tensor(rows, device=self.placement.device)
+        return ids if isinstance(prompt, Tensor) else replace(prompt, ids=ids)
 
     def compare(self) -> _Comparison:
         """Run the reference, then the checkpoint, and compare what they compute."""
@@ -211,27 +243,57 @@ class _Models:
             expected, expected_outputs = self._run_reference()
             model = self.load_checkpoint()
             ids = self.pruned_prompt()
-            logits, outputs = self._run(model, lambda: _logits(model, ids), pruned=True)
+            logits, outputs = self._run(model, lambda: self._outputs(model, ids), pruned=True)
             difference = relative_difference(logits, expected)
             dtype = self.placement.dtype
             if not difference <= self.allowed:  # or it is NaN
                 fault = (
-                    f"its logits differ from those of {describe_reference(self.reference)} by "
-                    f"{difference:.2g} of the largest ({dtype_name(dtype)} allows "
-                    f"{self.allowed:.2g})"
+                    f"its {self.compared.removeprefix('same ')} differ from those of "
+                    f"{describe_reference(self.reference)} by {difference:.2g} of the "
+                    f"largest ({dtype_name(dtype)} allows {self.allowed:.2g})"
                 )
-                return _Comparison(difference, None, "same logits", fault)
+                return _Comparison(difference, failed=self.compared, fault=fault)
             for name, expected_output in expected_outputs.items():
                 output = outputs[name]
                 if not expected_output.numel() or not output.numel():
                     raise proof_error(f"{name} never ran, so they were not compared")
                 if not relative_difference(output, expected_output) <= self.allowed:
                     fault = f"{name} that stay compute other values than in the dense model"
-                    return _Comparison(difference, None, "every expert", fault)
+                    return _Comparison(difference, failed="every expert", fault=fault)
+            if isinstance(ids, PaddedTexts):
+                del model
+                return self._compare_vectors(difference, expected)
             cached, clause = check_decoding(model, ids, self.new_tokens, dtype)
             if clause:
-                return _Comparison(difference, cached, "generates", clause)
+                return _Comparison(difference, cached, failed="generates", fault=clause)
             return _Comparison(difference, cached)
+
+    def _compare_vectors(self, difference: float, expected: Tensor) -> _Comparison:
+        """Compare the vectors that sentence-transformers computes from text, if it can."""
+        architecture = self.surgery.architecture
+        is_elsewhere = self.placement.stream or self.placement.device_map is not None
+        if not architecture.makes_vectors or self.tokenizer is None or is_elsewhere:
+            return _Comparison(difference)
+        if not stock_vectors.is_installed():
+            self.notify(
+                Notice(
+                    "sentence-transformers is not installed: its vectors were computed by "
+                    "transformers and sleb's own pooling. To have it load the checkpoint, too: "
+                    "pip install 'sleb[encoders]'."
+                )
+            )
+            return _Comparison(difference)
+        free_memory()
+        trust = architecture.source.trust_remote_code
+        vectors = stock_vectors.compute(
+            self.folder, list(TEXTS), self.placement, trust_remote_code=trust
+        )
+        distance = relative_difference(vectors.to(expected.device), expected)
+        allowed = stock_vectors.TOLERANCES.get(self.placement.dtype, stock_vectors.TOLERANCE)
+        if distance <= allowed:
+            return _Comparison(difference, vectors_difference=distance)
+        fault = f"in sentence-transformers its vectors differ by {distance:.2g} of the largest"
+        return _Comparison(difference, failed="same vectors", fault=fault)
 
     def _run(
         self, model: Any, logits_of: Callable[[], Tensor], *, pruned: bool
@@ -251,7 +313,9 @@ class _Models:
         ids = self.prompt()
         with self._opened_reference() as dense:
             logits, outputs = self._run(
-                dense.model, lambda: dense.logits(ids, self.surgery.removed), pruned=False
+                dense.model,
+                lambda: dense.ending.of_model(dense, ids, self.surgery.removed),
+                pruned=False,
             )
         if not bool(logits.isfinite().all()):
             reference = describe_reference(self.reference).capitalize()
@@ -260,7 +324,7 @@ class _Models:
                 f"{reference} computes NaN or infinity in {dtype_name(dtype)}.",
                 hint=hint_for_nonfinite(dtype),
             )
-        if self.surgery.tokens is not None:
+        if self.surgery.tokens is not None and isinstance(ids, Tensor):
             logits = logits[..., list(self.surgery.tokens)]
         return logits, outputs
 
@@ -294,22 +358,34 @@ class _Models:
             model, info = load_pretrained(
                 architecture.auto_class, self.folder, "it", placement, trust_remote_code=trust
             )
-        unexpected = [name for name in info["unexpected_keys"] if not self._is_prediction(name)]
+        unexpected = [name for name in info["unexpected_keys"] if not self._is_unused(name)]
         info["unexpected_keys"] = unexpected
-        if problem := loading_problem(info, "missing", "unexpected", "mismatched"):
+        if problem := loading_problem(architecture, info, "missing", "unexpected", "mismatched"):
             raise proof_error(problem)
         align(model)
         _make_float64_runnable(model)
         return model.eval()
 
-    def _is_prediction(self, name: str) -> bool:
+    def _is_unused(self, name: str) -> bool:
+        kept = self.surgery.kept
+        block_of = self.surgery.architecture.block_names(kept).block_of
+        # The files may hold a head that this class does not load, neither of the dense model.
+        if self.surgery.architecture.reading is not None and block_of(name) is None:
+            return True
         # transformers does not load modules for multi-token prediction; they stay unless blocks are
         # renumbered.
         if self.surgery.removed:
             return False
-        kept = self.surgery.kept
-        block = self.surgery.architecture.block_names(kept).block_of(name) or 0
-        return bool(PREDICTION.search(name)) or block >= kept.count
+        return bool(PREDICTION.search(name)) or (block_of(name) or 0) >= kept.count
+
+    def _outputs(self, model: Any, tokens: Tokens) -> Tensor:
+        if isinstance(tokens, Tensor):
+            return _logits(model, tokens)
+        with _errors_fail_proof():
+            output = model(**tokens.inputs())
+        ending = ending_of(self.surgery.architecture, self.placement.device)
+        assert isinstance(ending, Reader)
+        return ending.outputs(output, tokens)
 
     def error(self, comparison: _Comparison, besides: str = "") -> ProofError:
         """Return the error of a fault that decides, with where the models begin to differ.
@@ -318,7 +394,7 @@ class _Models:
             ModelError: the dense model does not generate either, so the checkpoint is not to blame.
         """
         clauses = [comparison.fault]
-        if comparison.failed == "same logits":
+        if comparison.failed == self.compared:
             clauses.append(self._first_difference())
         if comparison.failed == "generates":
             self._require_dense_decoding()
@@ -355,7 +431,7 @@ class _Models:
         with self._opened_reference() as dense:
             dense.skip(())
             _, fault = check_decoding(
-                dense.model, self.prompt(), self.new_tokens, self.placement.dtype
+                dense.model, ids_of(self.prompt()), self.new_tokens, self.placement.dtype
             )
         if fault:
             raise ModelError(
@@ -373,13 +449,17 @@ def _make_float64_runnable(model: Any) -> None:
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
-    with translate_errors(lambda words: proof_error(f"it does not run: {words}")):
+    with _errors_fail_proof():
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits
 
 
+def _errors_fail_proof() -> AbstractContextManager[None]:
+    return translate_errors(lambda words: proof_error(f"it does not run: {words}"))
+
+
 def _block_states(
-    model: SkippableModel, ids: Tensor, removed: Collection[int] = ()
+    model: SkippableModel, ids: Tokens, removed: Collection[int] = ()
 ) -> list[tuple[Tensor, Tensor]]:
     """Return the hidden states before and after each block but the removed ones, on the CPU."""
     states: list[tuple[Tensor, Tensor]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -56,6 +57,7 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt",
     "spiece.model", "tekken.json",
 )  # fmt: skip
+_POOLER = re.compile(r"(^|\.)pooler\.")
 _tokenizers: WeakKeyDictionary[Watch, Any] = WeakKeyDictionary()
 """The tokenizers in use, by the watch over their files."""
 
@@ -127,7 +129,7 @@ def load_complete(
     model, info = load_pretrained(
         loader, folder, what, placement, ignore_mismatched_sizes=True, **options
     )
-    problem = loading_problem(info, "missing", "mismatched")
+    problem = loading_problem(architecture, info, "missing", "mismatched")
     if problem:
         raise misfit(architecture, problem)
     model.requires_grad_(False)
@@ -192,17 +194,19 @@ def explain_oom(source: ModelSource, placement: Placement) -> AbstractContextMan
     )
 
 
-def loading_problem(info: dict[str, Any], *kinds: str) -> str | None:
+def loading_problem(architecture: Architecture, info: dict[str, Any], *kinds: str) -> str | None:
     """Return a clause on the first of `kinds` of weights in transformers' loading info, or None.
 
     The kinds are "missing" (initialized at random), "unexpected" (not used) and "mismatched" (of
-    another shape).
+    another shape). Missing weights of a pooler are none if the model makes vectors, which do not
+    depend on it.
     """
     for kind in kinds:
         names = []
         for key in info[f"{kind}_keys"]:
             name = key[0] if isinstance(key, tuple) else key
-            names.append(str(name))
+            if not (kind == "missing" and architecture.makes_vectors and _POOLER.search(str(name))):
+                names.append(str(name))
         if names:
             return f"{len(names)} weights are {kind}, such as {min(names)}"
     return None
