@@ -18,7 +18,7 @@ TOKENS = 8000
 def healed(sleb, tmp_path):
     """Heal a model that only reads without two of its blocks."""
     (tmp_path / "text.txt").write_text(prose(700))
-    options = [*calibration("text.txt", samples=100), "--heal --no-verify -o out"]
+    options = [*calibration("text.txt", samples=100), "--heal -o out"]
 
     def run(model, *more, blocks="2,3", tokens=TOKENS, **how):
         return sleb(
