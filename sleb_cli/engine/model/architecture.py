@@ -271,7 +271,14 @@ class Architecture:
         if self.reading and self.reading.longest:
             return self.reading.longest
         limit = getattr(self.text_config, "max_position_embeddings", None)
-        return limit if isinstance(limit, int) and limit > 0 else None
+        if not isinstance(limit, int) or limit <= 0:
+            return None
+        for name, module in self.skeleton.named_modules():
+            # RoBERTa and its kind count positions from behind the padding's.
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
+                offset: int = module.padding_idx
+                return limit - offset - 1
+        return limit
 
 
 def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -> Architecture:

@@ -42,9 +42,10 @@ def overfitting_note(steps: Sequence[Step]) -> str | None:
     for number, step in enumerate(steps, start=1):
         record = step.held_out
         if record is not None and record.overfits:
+            unit = "nats per token" if record.distance is None else "in distance"
             return (
                 f"The search overfits its calibration text from step {number}: the loss grew by "
-                f"{record.generalization_gap:.3f} nats per token more on the held-out sequences "
+                f"{record.generalization_gap:.3f} {unit} more on the held-out sequences "
                 "than on those searched "
                 f"({record.generalization_gap / record.standard_error:.1f} standard errors). "
                 "More or different calibration text may help."
