@@ -218,7 +218,7 @@ def _of_vectors(corpus: CorpusTexts, vectors: Tensor, dense: Tensor) -> Measures
         for index, similarities in indices.items():
             ranked = similarities.topk(NEAREST).indices
             same = ranked.unsqueeze(1) == nearest.unsqueeze(2)
-            measures[f"neighbours, {index}"] += (same.sum((1, 2)) / NEAREST).tolist()
+            measures[f"neighbours, {index}"] += (same.sum((1, 2)).double() / NEAREST).tolist()
             for query, ranking in enumerate(ranked.tolist(), start=start - first):
                 _judge(measures, f", {index}", ranking, corpus.gains[query : query + 1])
         measures["rank correlation"] += rank_correlation(indices["own index"], wanted)
