@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,6 +145,8 @@ def test_what_is_kept_is_measured_once(sleb, run_sleb, tiny_encoder, beir, text_
     again = run_sleb("eval plan.json --every 1 --corpus", beir)
     assert "Measured before: beir." in again.said
     assert again.stdout == more.stdout
+    sleb("apply plan.json -o out --no-verify")
+    assert "| nDCG@10, old index, beir | 0." in Path("out/README.md").read_text()
 
 
 @pytest.mark.parametrize(
