@@ -149,3 +149,24 @@ def test_others_fail_the_proof(run_sleb, monkeypatch, tiny_encoder, tmp_path, ow
     assert said in " ".join(result.stderr.split())
     assert "float64 decides" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_tokens_of_other_scripts_go_from_word_pieces(apply, tmp_path):
+    greek = prose(120, seed=1).lower().translate(str.maketrans("aeioustr", "αεηιουστ"))
+    model = save_reader(tmp_path / "model", word_pieces(prose(120) + greek))
+    add_modules(model)
+    result = json.loads(apply(model, "--scripts", "latin", "--json").stdout)
+    before, after = result["vocabulary"]["tokens"]
+    assert (before, after < before) == (160, True)
+    assert {"same tokens", "same outputs", "same vectors"} < {*result["proof"]["checks"]}
+    assert torch.allclose(vectors_of(tmp_path / "out"), vectors_of(model), atol=1e-5)
+
+
+def test_a_quantized_reader_is_refused(run_sleb, tmp_path):
+    model = add_modules(save_reader(tmp_path / "model", word_pieces(prose(200))))
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (model / "config.json").write_text(json.dumps(config))
+    result = run_sleb("apply", model, "--blocks", 1)
+    assert result.exit_code == 4, result.stderr
+    assert "is quantized" in result.stderr

@@ -47,6 +47,11 @@ def resolve_apply(
     """Check that the checkpoint or GGUF file can be made; return the job that writes it."""
     quiet_libraries()
     if isinstance(source, GgufFile):
+        if named.plan and named.plan.made_for.output:
+            raise UnsupportedModelError(
+                f"{named.plan.made_for.id} only reads, and sleb cannot prune such a GGUF file.",
+                hint="Apply the plan to the model itself, and convert the checkpoint.",
+            )
         _require_fitting(request, named, source, registry, notify)
         surgery = plan_gguf_surgery(source, named.removals, named.other_cuts)
         output = _output(request, request.output or default_file(surgery), source.path)
@@ -110,6 +115,12 @@ def _output(request: ApplyRequest, path: Path, gguf: Path | None) -> Output:
 
 def _checkpoint_output(request: ApplyRequest, subject: Subject) -> Output:
     architecture = subject.architecture
+    if architecture.reading and architecture.is_quantized:
+        raise UnsupportedModelError(
+            f"{architecture.source.id} is quantized, and sleb cannot prune such a model that only "
+            f"reads.",
+            hint="Prune the model that it was quantized from, and quantize the result.",
+        )
     if request.dtype and architecture.is_quantized:
         raise UnsupportedModelError(
             f"{architecture.source.id} is quantized, so its weights cannot be cast to "

@@ -34,8 +34,11 @@ def read_tokenizer(architecture: Architecture) -> tuple[dict[str, Any], Callable
         tokenizer = Tokenizer.from_file(str(path))
     data: dict[str, Any] = json.loads(tokenizer.to_str())  # with every key
     kind = data["model"]["type"]
-    if kind not in ("BPE", "Unigram") or data["model"].get("continuing_subword_prefix"):
-        raise cannot_cut_tokens(architecture, f"its tokenizer is no plain BPE or Unigram ({kind})")
+    # The prefix of WordPiece is ASCII, which stays.
+    is_prefixed = kind == "BPE" and data["model"].get("continuing_subword_prefix")
+    if kind not in ("BPE", "Unigram", "WordPiece") or is_prefixed:
+        kinds = "plain BPE, Unigram or WordPiece"
+        raise cannot_cut_tokens(architecture, f"its tokenizer is no {kinds} ({kind})")
     return data, tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
 
 
@@ -66,12 +69,13 @@ def cut_tokenizer(data: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any
     new = vocabulary.new_number
     model = dict(data["model"])
     staying = [(token, number) for token, number in tokens_in(data) if number in new]
-    if model["type"] == "BPE":
+    if model["type"] != "Unigram":
         model["vocab"] = tokens = {token: new[number] for token, number in staying}
+    if model["type"] == "BPE":
         model["merges"] = [
             [a, b] for a, b in model["merges"] if a in tokens and b in tokens and a + b in tokens
         ]
-    else:
+    if model["type"] == "Unigram":
         model["vocab"] = [model["vocab"][number] for _, number in staying]
         model["unk_id"] = vocabulary.renumbered(model.get("unk_id"))
     # An added token without a row, which the tokenizer of a GGUF file may have, goes.
