@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -78,8 +78,16 @@ class Architecture:
 
     @cached_property
     def adapter(self) -> FamilyAdapter:
-        """The family that claims the model, or else one made from its structure."""
-        return self.claimed_by or _read_structure(self)
+        """The family that claims the model, or else one made from its structure.
+
+        A family names its path in the model with a head; a model of vectors has none.
+        """
+        if self.claimed_by is None:
+            return _read_structure(self)
+        path = self.claimed_by.blocks_path
+        if self.makes_vectors:
+            path = path.removeprefix(f"{self.skeleton.base_model_prefix}.")
+        return replace(self.claimed_by, blocks_path=path)
 
     @cached_property
     def block_count(self) -> int:
@@ -285,17 +293,18 @@ def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -
     """Read the config, choose the family, and find the blocks. No weights are read.
 
     Raises:
-        UnsupportedModelError: the model is not a decoder, has no list of blocks that matches its
-            config, or belongs to a family whose blocks cannot be removed.
+        UnsupportedModelError: the model neither predicts the next token nor only reads, has no list
+            of blocks that matches its config, or belongs to a family whose blocks cannot be
+            removed.
     """
     config = _read_config(source)
     reading = find_reading(source, config, notify)
     architecture = Architecture(source, config, registry.family(config.model_type), reading)
-    _require_use(architecture)
     text = architecture.text_config
     for family in (architecture.claimed_by, registry.family(text.model_type)):
         if family is not None and family.refusal:
             raise _refused(architecture, family.refusal)
+    _require_use(architecture)
     adapter = architecture.adapter
     if architecture.claimed_by is None and config.model_type not in CONFIG_MAPPING:
         untested = (

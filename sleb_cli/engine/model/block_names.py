@@ -75,8 +75,6 @@ def find_block_numbering(names: Iterable[str], path: str, count: int) -> BlockNu
     prefixes = [
         prefix for prefix in path_suffixes(path) if prefix in complete
     ] or _sort_by_likeness(complete, path)
-    # An encoder may be saved within a model that has a head.
-    prefixes = prefixes or [prefix for prefix in complete if prefix.endswith(f".{path}.")]
     if not prefixes:
         return None
     numbers = set(complete[prefixes[0]])
@@ -92,7 +90,9 @@ def path_suffixes(path: str) -> list[str]:
 
 def _sort_by_likeness(lists: dict[str, list[int]], path: str) -> list[str]:
     name = path.rpartition(".")[2]
-    text = [prefix for prefix in lists if not re.search(r"vision|visual|audio|encoder|mtp", prefix)]
+    text = [prefix for prefix in lists if not re.search(r"vision|visual|audio|mtp", prefix)]
+    # An encoder stands beside the text, or reads it.
+    text = [prefix for prefix in text if "encoder" not in prefix] or text
     # Equal last name first, then least nested, then most tensors.
     return sorted(
         text,
