@@ -56,8 +56,8 @@ def sleb(
         ),
     ] = False,
 ) -> None:
-    """Make large language models smaller and faster by removing transformer blocks or experts,
-    without training.
+    """Make language models, embedding models and classifiers smaller and faster by removing
+    transformer blocks or experts, without training.
 
     A block (most say layer) is attention and an MLP; each token passes through a few dozen, one
     after the other. Start with `sleb search demo --ratio 0.2`.
@@ -113,8 +113,8 @@ def apply(request: ApplyRequest, how: How) -> None:
 @app.command("eval")
 @options_from(EvalRequest)
 def eval_(request: EvalRequest, how: How) -> None:
-    """Compare the quality of the dense (original) and the pruned model: perplexity and lm-eval
-    tasks.
+    """Compare the quality of the dense (original) and the pruned model: perplexity, lm-eval tasks,
+    or nearest neighbours and classes in a corpus.
     """
     _run(
         api.evaluate, request, lambda result: summaries.show_evaluation(result, request.output), how

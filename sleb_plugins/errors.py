@@ -92,7 +92,7 @@ class ModelError(SlebError):
 
 
 class UnsupportedModelError(ModelError):
-    """The model is complete, but is not a decoder whose blocks sleb can remove."""
+    """The model is complete, but is none whose blocks sleb can remove."""
 
 
 class DataError(SlebError):

@@ -6,7 +6,11 @@ import inspect
 from typing import Any
 
 from transformers import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 BLOCKS = 6
 
@@ -171,6 +175,40 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
         | changes
     )
     return kind(**{key: value for key, value in settings.items() if value is not None})
+
+
+LEFT_OUT = {
+    "layoutlmv2", "layoutlmv3", "markuplm", "modernvbert", "neomme", "t5gemma", "t5gemma2", "tapas",
+    "ultravbert",
+}  # fmt: skip
+"""They read images, pages or tables, or do not become tiny by COMMON."""
+CLASSIFIERS = set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+EMBEDDING_DECODERS = {"embedding_gemma2_text", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"}
+READERS = sorted(
+    {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *CLASSIFIERS.difference(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}
+    - LEFT_OUT
+    | EMBEDDING_DECODERS
+)
+"""Families that predict masked tokens or classify texts, and decoders of embedding models."""
+
+READER_SETTINGS: dict[str, dict[str, Any]] = {
+    "funnel": {
+        "num_hidden_layers": None,
+        "block_sizes": [2, 2, 2],
+        "architectures": ["FunnelModel"],
+    },
+    "gemma3_text": {"use_bidirectional_attention": True},
+    "lilt": {"hidden_size": 48},
+    "squeezebert": {"embedding_size": 32},
+}
+
+
+def reader_config(model_type: str) -> Any:
+    """Return a config of some thousand parameters for one of READERS, as it reads."""
+    settings = dict(READER_SETTINGS.get(model_type, {}))
+    for key in {"is_decoder", "is_encoder_decoder"} & set(SETTINGS.get(model_type, {})):
+        settings[key] = None
+    return tiny_config(model_type, **settings)
 
 
 WITH_EXPERTS = """

@@ -14,7 +14,7 @@ def plain_loss(
     """Return the mean over sequences of the mean cross entropy, with these blocks returning their
     input.
     """
-    kinds = kinds or output_kinds(model, blocks, sequences)
+    kinds = kinds or output_kinds(model, blocks, sequences, use_cache=False)
     before = {index: vars(blocks[index]).pop("forward", None) for index in skipped}
     try:
         for index in skipped:
@@ -32,7 +32,9 @@ def plain_loss(
 
 
 @torch.no_grad()
-def output_kinds(model: Any, blocks: nn.ModuleList, sequences: Tensor) -> list[tuple[type, int]]:
+def output_kinds(
+    model: Any, blocks: nn.ModuleList, sequences: Tensor, **options: Any
+) -> list[tuple[type, int]]:
     """Return what each block returns: its type, and the length of a tuple or list."""
     kinds: dict[int, tuple[type, int]] = {}
 
@@ -43,7 +45,7 @@ def output_kinds(model: Any, blocks: nn.ModuleList, sequences: Tensor) -> list[t
         block.register_forward_hook(lambda block, args, output, index=index: record(index, output))
         for index, block in enumerate(blocks)
     ]
-    model(sequences[:1, :2], use_cache=False)
+    model(sequences[:1, :8], **options)
     for handle in handles:
         handle.remove()
     return [kinds[index] for index in range(len(blocks))]
@@ -71,7 +73,7 @@ def plain_search(
     and last block.
     """
     gone = list(removed)
-    kinds = output_kinds(model, blocks, sequences)
+    kinds = output_kinds(model, blocks, sequences, use_cache=False)
     steps = []
     while len(gone) < remove:
         remaining: Sequence[int] = [index for index in range(len(blocks)) if index not in gone]

@@ -1,7 +1,8 @@
 """Take a family through the real command line, and compare the result with plain transformers.
 
-`python tests/survey.py` surveys all families and writes the tables of docs/reference/families.md;
-`python tests/survey.py llama opt` prints.
+`python tests/survey.py` surveys all families and writes docs/reference/families.md, and
+`python tests/survey.py readers` the part on models that only read; `python tests/survey.py llama
+opt` prints.
 """
 
 from __future__ import annotations
@@ -17,10 +18,25 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+)
 
 from conftest import architecture_of, calibration, prose, save_model
-from families import FAMILIES, WITH_EXPERTS, experts_config, tiny_config
+from encoders import save_reader, word_pieces
+from families import (
+    CLASSIFIERS,
+    FAMILIES,
+    READERS,
+    WITH_EXPERTS,
+    experts_config,
+    reader_config,
+    tiny_config,
+)
 from reference import output_kinds, passing_through
 from sleb_cli.__main__ import main
 from sleb_cli.engine.cut.blocks.block_cut import BlockCut
@@ -34,6 +50,7 @@ from sleb_cli.events import ignore
 from sleb_plugins import SlebError
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "reference" / "families.md"
+WORKS = "work"
 COUNTS = r"(\d+) tried, (\d+) work, (\d+) are refused"
 
 
@@ -145,7 +162,7 @@ def skipped_logits(
         architecture.source.folder, dtype=torch.float32
     ).eval()
     blocks = architecture.blocks_of(dense)
-    kinds = output_kinds(dense, blocks, ids)
+    kinds = output_kinds(dense, blocks, ids, use_cache=False)
     for block in removals:
         blocks[block].forward = passing_through(*kinds[block])
     logits: torch.Tensor = dense(input_ids=ids, use_cache=False).logits
@@ -211,19 +228,85 @@ def survey_experts(work: Path) -> str:
     able = f"{len(works)} [can lose some](../experts.md)"
     counts = f"Of {len(WITH_EXPERTS)} families with experts, {able}:"
     reasons = "; ".join(f"{name} ({why})" for name, why in refused.items())
-    return f"## Experts\n\n{counts} {', '.join(works)}.\n\nRefused: {reasons}.\n"
+    return f"{counts} {', '.join(works)}.\n\nRefused: {reasons}.\n"
+
+
+def survey_reader(model_type: str, work: Path) -> str:
+    """Take a family that only reads from search to proof, as an embedding model and as a
+    classifier.
+
+    Returns what stands before its name in docs/reference/families.md.
+    """
+    tokenizer, config = word_pieces(prose(200)), reader_config(model_type)
+    folder = save_reader(work / "model", tokenizer, config)
+    (work / "text.txt").write_text(prose(60))
+    words = ["--calibration", work / "text.txt", "--samples", 4, "--sample-tokens", 0]
+    code, _, err = run("search", folder, "--remove", 2, *words, "-o", work / "plan.json")
+    if code:
+        assert code == 4, err
+        return re.sub(rf"^\(?{model_type}\)? ", "", _reason(err, folder))
+    check_vectors(folder, work / "plan.json", work / "found")
+    if model_type in CLASSIFIERS:
+        whole = save_reader(
+            work / "classifier", tokenizer, config, AutoModelForSequenceClassification
+        )
+        code, _, err = run("apply", whole, "--blocks", "1,4", "-o", work / "classifies")
+        assert code == 0, err
+    return WORKS
+
+
+@torch.inference_mode()
+def check_vectors(model: Path, plan: Path, folder: Path) -> None:
+    """Apply, and compare the hidden states of padded texts with those of the dense model whose
+    removed blocks return their input.
+    """
+    code, out, err = run("apply", plan, "-o", folder, "--json")
+    assert code == 0, err
+    applied = json.loads(out)
+    assert "same vectors" in applied["proof"]["checks"]
+    architecture = architecture_of(model)
+    dense = AutoModel.from_pretrained(model, dtype=torch.float32).eval()
+    pruned = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.randint(5, 160, (2, 24), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 16:] = 0
+    blocks = architecture.blocks_of(dense)
+    kinds = output_kinds(dense, blocks, ids)
+    for block in applied["removals"]:
+        blocks[block].forward = passing_through(*kinds[block])
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    found, expected = (each(**inputs).last_hidden_state for each in (pruned, dense))
+    torch.testing.assert_close(found[mask == 1], expected[mask == 1], atol=1e-5, rtol=0)
+
+
+def survey_readers() -> str:
+    """Return the section of docs/reference/families.md on models that only read."""
+    outcomes: dict[str, list[str]] = {WORKS: []}
+    for name in READERS:
+        with TemporaryDirectory() as work:
+            outcome = survey_reader(name, Path(work))
+        print(name, outcome, flush=True)
+        outcomes.setdefault(outcome, []).append(name)
+    return "".join(f"- {outcome}: {', '.join(names)}\n" for outcome, names in outcomes.items())
+
+
+def replace_part(form: str, text: str) -> None:
+    """Replace the part of docs/reference/families.md that has this form."""
+    page = re.sub(form, lambda _: text, DOCUMENT.read_text(), flags=re.DOTALL)
+    DOCUMENT.write_text(page)
 
 
 if __name__ == "__main__":
-    found = []
-    for name in sys.argv[1:] or FAMILIES:
+    names = sys.argv[1:]
+    if names != ["readers"]:
+        found = []
+        for name in names or FAMILIES:
+            with TemporaryDirectory() as work:
+                found.append(survey(name, Path(work)))
+            print(found[-1])
+    if not names:
+        DOCUMENT.write_text(document(DOCUMENT.read_text(), found))
         with TemporaryDirectory() as work:
-            found.append(survey(name, Path(work)))
-        print(found[-1])
-    if not sys.argv[1:]:
-        with TemporaryDirectory() as work:
-            section = survey_experts(Path(work))
-        page = re.sub(
-            r"## Experts\n.*?\n(?=\n## )", lambda _: section, DOCUMENT.read_text(), flags=re.DOTALL
-        )
-        DOCUMENT.write_text(document(page, found))
+            replace_part(r"(?<=## Experts\n\n).*?(?=\n## )", survey_experts(Path(work)))
+    if names in ([], ["readers"]):
+        replace_part(r"(?<=\n\n)(- [^\n]*\n)+(?=\n## What)", survey_readers())

@@ -31,18 +31,22 @@ _EARLIER_GROUPS = (
 )
 
 REFUSED = {
+    "albert": "it runs one block many times, so there is none to remove",
     "cpmant": _CACHE_DIFFERS,
     "dory": "its middle blocks run several times, and which these are is counted from both ends",
     "dots3_note_text": _CACHE_DIFFERS,
+    "funnel": "its blocks lie in groups, and the text gets shorter from one to the next",
     "granite4_vision": "features of images enter blocks that its config counts by number",
     "hrm_text": "its blocks form two stacks that run in turn, several times each",
     "inkling2_loop_text": _EARLIER_GROUPS,
     "inkling2_text": _EARLIER_GROUPS,
+    "lilt": "its blocks take and give two streams of hidden states: of a text, and of its layout",
     "moshi": _CACHE_DIFFERS,
     "paligemma": "it attends to its prompt in both directions, so a text has no loss token by "
     "token",
     "prophetnet": "transformers does not decode it with a KV cache",
     "reformer": "its blocks are reversible: each takes and gives two streams of hidden states",
+    "squeezebert": "its blocks return dictionaries, not hidden states",
     "zaya": "the router of each block reads what the router of the block before it made",
 }
 """Families from which no block can be removed, and why; most others of that sort are detected by

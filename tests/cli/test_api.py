@@ -1,15 +1,19 @@
 """The verbs from Python: the same requests, the same files and the same results as the commands."""
 
 import json
+import re
 import runpy
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from safetensors.torch import save_file
 
 import sleb_cli as sleb
+from conftest import prose, weights_of
 from sleb_cli.events import TaskStarted
 from sleb_cli.plan import Plan, read_plan
 from sleb_plugins import PlanError, UsageError
@@ -168,3 +172,30 @@ def test_the_example_runs(tiny_llama, text_file, monkeypatch, capsys, tmp_path):
         json.loads((tmp_path / "out" / "pruned" / "config.json").read_text())["num_hidden_layers"]
         == 4
     )
+
+
+@pytest.mark.slow
+def test_the_example_serves_new_queries_from_an_old_index(
+    tiny_encoder, monkeypatch, capsys, tmp_path
+):
+    lines = [json.dumps({"text": line}) for line in prose(900).splitlines()]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    # Random blocks change all neighbours: these change little.
+    shutil.copytree(tiny_encoder, tmp_path / "model")
+    weights = weights_of(tiny_encoder)
+    for name, value in weights.items():
+        if "output.dense.weight" in name:
+            value *= 0.2
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(sys, "argv", ["example_encoder.py", "model", "texts.jsonl"])
+    monkeypatch.setattr(sleb, "SearchRequest", partial(sleb.SearchRequest, samples=16))
+    monkeypatch.setattr(sleb, "ApplyRequest", partial(sleb.ApplyRequest, heal_tokens=8000))
+    runpy.run_path(str(DOCS / "example_encoder.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    removed = read_plan(tmp_path / "sleb-encoder" / "plan.json").removals
+    assert f"without blocks {removed}\n" in said
+    assert "same outputs, same vectors" in said
+    (share,) = re.findall(r"^(\S+)% of the 10 nearest documents stay$", said, re.MULTILINE)
+    assert 25 < float(share) < 100  # by chance, 10 of 135 stay
+    config = json.loads((tmp_path / "sleb-encoder" / "smaller" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 6 - len(removed)
