@@ -155,7 +155,11 @@ def test_tokens_of_other_scripts_go_from_word_pieces(apply, tmp_path):
     greek = prose(120, seed=1).lower().translate(str.maketrans("aeioustr", "αεηιουστ"))
     model = save_reader(tmp_path / "model", word_pieces(prose(120) + greek))
     add_modules(model)
-    result = json.loads(apply(model, "--scripts", "latin", "--json").stdout)
+    (tmp_path / "latin.txt").write_text(prose(60))
+    words = ["--scripts", "latin", "--calibration", tmp_path / "latin.txt", "--samples", 4]
+    applied = apply(model, *words, "--json")
+    assert "0.0% of the tokens in latin.txt go" in applied.stderr
+    result = json.loads(applied.stdout)
     before, after = result["vocabulary"]["tokens"]
     assert (before, after < before) == (160, True)
     assert {"same tokens", "same outputs", "same vectors"} < {*result["proof"]["checks"]}

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sleb_cli.checks.mixture import parse_mixture
 from sleb_cli.checks.places import are_the_same, require_new_place
@@ -96,7 +97,9 @@ def _report_lost_tokens(request: ApplyRequest, subject: Subject, notify: Notify)
             raise
         notify(Notice(f"The plan's text was not read: {error.message}"))
         return
-    lost = 1 - float(torch.isin(text.sequences, torch.tensor(tokens)).float().mean())
+    read = text.sequences
+    ids = read if isinstance(read, Tensor) else read.ids[read.mask == 1]
+    lost = 1 - float(torch.isin(ids, torch.tensor(tokens)).float().mean())
     notify(
         Notice(
             f"{lost:.1%} of the tokens in {text.record.title} go; what they spell will take more "
