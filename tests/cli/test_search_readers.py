@@ -183,6 +183,10 @@ def test_a_language_model_has_no_output_to_keep(search, tiny_llama):
         (lambda folder: edit(folder / "modules.json", '"path": ""', '"path": "0_T"'), "keeps its"),
         (lambda folder: edit(folder / "modules.json", "Normalize", "LSTM"), "a module LSTM"),
         (lambda folder: edit(folder / "1_Pooling/config.json", "mean", "middle"), "with middle"),
+        (
+            lambda folder: edit(folder / "1_Pooling/config.json", "{", '{"include_prompt": false,'),
+            "leaves out the prompt",
+        ),
     ],
 )
 def test_models_that_cannot_be_read_are_refused(run_sleb, texts, tmp_path, change, said):

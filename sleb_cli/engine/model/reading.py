@@ -153,6 +153,8 @@ def pooling_modes(module: Module, source: ModelSource) -> list[str]:
         if key.startswith("pooling_mode_") and value:
             name = key.removeprefix("pooling_mode_")
             modes.append(_OLD_NAMES.get(name, name))
+    if module.settings.get("include_prompt") is False:
+        raise _unknown(source, "Pooling that leaves out the prompt")
     for mode in modes:
         if mode not in POOLING_MODES:
             raise _unknown(source, f"Pooling with {mode}")
