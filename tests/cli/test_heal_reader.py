@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForMaskedLM
 
 from conftest import calibration, prose, weight_bytes_of, weights_of
+from encoders import add_modules, save_reader, word_pieces
 from recovering import interrupt_healing
 from sleb_cli.engine.recovery.outputs import OutputDistillation
 from sleb_cli.plan import read_plan
@@ -97,3 +99,11 @@ def test_the_closed_form_is_refused(healed, tiny_encoder):
     stderr = healed(tiny_encoder, "--recover", code=2).stderr
     assert "only reads" in stderr
     assert "Use --heal" in stderr
+
+
+def test_weights_whose_names_have_a_prefix_are_healed(healed, tmp_path):
+    folder = add_modules(
+        save_reader(tmp_path / "masked", word_pieces(prose(200)), auto_class=AutoModelForMaskedLM)
+    )
+    healed(folder)
+    assert "bert.encoder.layer.3.output.dense.weight" in weights_of(tmp_path / "out")

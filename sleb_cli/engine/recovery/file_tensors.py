@@ -101,10 +101,15 @@ def _changed_tensors(
 def _by_file_names(
     model: Any, weights: WeightFiles, tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    # Files may fuse tensors, and their names lack the prefix if they hold a base model.
+    # Files may fuse tensors. Their names lack the prefix if they hold a base model, and have one
+    # more if they hold a model with a head.
     stored = {tensor.name for tensor in weights.stored}
+    prefix = f"{model.base_model_prefix}."
     named: dict[str, Tensor] = {}
     for name, tensor in revert_weight_conversion(model, tensors).items():
-        in_file = name if name in stored else name.removeprefix(f"{model.base_model_prefix}.")
+        in_file = name
+        for other in (name.removeprefix(prefix), prefix + name):
+            if in_file not in stored and other in stored:
+                in_file = other
         named[in_file] = tensor
     return named
