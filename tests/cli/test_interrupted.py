@@ -144,7 +144,7 @@ def acme(tmp_path_factory, monkeypatch):
         def fingerprint(self):
             return self.data
 
-    package = SimpleNamespace(name="sleb-acme", version="0.1")
+    package = SimpleNamespace(metadata={"Name": "sleb-acme", "Version": "0.1"})
     plugin, ours = type(sys)("acme"), EntryPoint("acme", "acme", "sleb")._for(package)
     plugin.sleb_metrics = sleb.hookimpl(lambda: [Acme()])
     monkeypatch.setitem(sys.modules, "acme", plugin)
@@ -173,7 +173,7 @@ def test_a_changed_metric_neither_resumes_nor_extends(search, tmp_path, acme, mo
         assert [path.read_bytes() for path in paths] == before
 
     with monkeypatch.context() as patch:
-        patch.setattr(acme.package, "version", "0.2")
+        patch.setitem(acme.package.metadata, "Version", "0.2")
         require_refusal("search.implementation.version: 0.2, not 0.1")
     with monkeypatch.context() as patch:
         patch.setattr(acme.metric, "data", "words 2")

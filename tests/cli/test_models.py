@@ -127,9 +127,13 @@ OWN = {"AutoConfig": "x.C"}
             (
                 lambda folder, kind=kind: kind().save_pretrained(folder),
                 4,
-                "not a decoder-only language model",
+                said,
             )
-            for kind in (BertConfig, T5Config, ViTConfig)
+            for kind, said in (
+                (BertConfig, "predicts masked tokens"),
+                (T5Config, "not a decoder-only language model"),
+                (ViTConfig, "not a decoder-only language model"),
+            )
         ),
         (lambda folder: (folder / "model.safetensors").unlink(), 4, "has no weights"),
         (

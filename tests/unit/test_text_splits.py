@@ -10,7 +10,7 @@ import torch
 from datasets.exceptions import DatasetGenerationError
 
 from conftest import llama_config, prose, random_model, train_tokenizer
-from sleb_cli.engine.door.recovery import TEST, TRAIN, VALIDATION
+from sleb_cli.engine.door.recovery import SPLITS
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.text import calibration, writing
 from sleb_cli.engine.text.calibration import calibrate
@@ -21,7 +21,7 @@ from sleb_cli.texts.source import WHOLE, Draw
 from sleb_plugins import DataError
 from texts import talk, text_settings, write_lines
 
-SPLITS = (TRAIN, VALIDATION, TEST)
+TRAIN, _, TEST = SPLITS
 TOKENIZER = train_tokenizer(bos=False)
 
 
