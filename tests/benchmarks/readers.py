@@ -42,15 +42,30 @@ def main() -> None:
     options = parser(__doc__, "model", "text", **sizes).parse_args()
     quiet_libraries()
     architecture = architecture_of(options.model)
-    settings = resolve_calibration(architecture, options.text, options.samples, options.length)
+    settings = resolve_calibration(
+        architecture,
+        options.text,
+        options.samples,
+        options.length,
+    )
     tokenizer = load_tokenizer(architecture.source)
     (calibration,) = calibrate([settings], tokenizer, lambda: None, ignore)
-    dtype = place_model(architecture, CPU, "auto", ignore, stream=False).dtype
+    dtype = place_model(
+        architecture,
+        CPU,
+        "auto",
+        ignore,
+        stream=False,
+    ).dtype
     with open_model(architecture, Placement(CPU, dtype), ignore) as model:
         start = time.perf_counter()
         ours, size = search(model, calibration.sequences, options.remove)
         middle = time.perf_counter()
-        plain = plain_search(model, split(calibration.sequences, size), options.remove)
+        plain = plain_search(
+            model,
+            split(calibration.sequences, size),
+            options.remove,
+        )
         end = time.perf_counter()
     print(f"ours  removes {ours} in {middle - start:.1f} s, {size} texts in a batch, {dtype}")
     print(f"plain removes {plain} in {end - middle:.1f} s")

@@ -1,6 +1,7 @@
 """`sleb apply` on models that only read, through `main()`, in stock sentence-transformers."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,14 @@ from conftest import prose
 from encoders import add_modules, save_reader, word_pieces
 from sleb_cli.engine.output import proof, stock_vectors
 
-TEXTS = [line[:length] for line, length in zip(prose(40).splitlines(), (20, 90, 400), strict=False)]
+TEXTS = [
+    line[:length]
+    for line, length in zip(
+        prose(40).splitlines(),
+        (20, 90, 400),
+        strict=False,
+    )
+]
 REMOVED = {1, 3}
 CHECKS = ["complete", "same bytes", "loads", "same outputs", "same vectors"]
 
@@ -26,16 +34,20 @@ CHECKS = ["complete", "same bytes", "loads", "same outputs", "same vectors"]
 @pytest.fixture
 def proven(apply, tmp_path):
     """Apply the removal of two blocks, and return the folder and its proof."""
+    return partial(applied, apply, tmp_path / "out")
 
-    def run(folder, *options):
-        result = apply(folder, "--blocks", "3,1", "--json", "--force", *options)
-        return tmp_path / "out", json.loads(result.stdout)["proof"]
 
-    return run
+def applied(apply, out, folder, *options):
+    result = apply(folder, "--blocks", "3,1", "--json", "--force", *options)
+    return out, json.loads(result.stdout)["proof"]
 
 
 def vectors_of(folder, removed=(), **options):
-    model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    model = SentenceTransformer(
+        str(folder),
+        device="cpu",
+        local_files_only=True,
+    )
     blocks = model[0].auto_model.encoder
     blocks.layer = nn.ModuleList(b for n, b in enumerate(blocks.layer) if n not in removed)
     return model.encode(TEXTS, convert_to_tensor=True, **options)
@@ -58,13 +70,25 @@ def add_dense(folder):
 def in_masked_lm(folder):
     """Keep the weights under a prefix, with a head for masked tokens and no pooler."""
     add_modules(folder, pooling="cls")
-    save_reader(folder, word_pieces(prose(200)), auto_class=AutoModelForMaskedLM)
+    save_reader(
+        folder,
+        word_pieces(prose(200)),
+        auto_class=AutoModelForMaskedLM,
+    )
     names = load_file(folder / "model.safetensors").keys()
     assert "bert.encoder.layer.0.output.dense.weight" in names
     assert not any("pooler" in name for name in names)
 
 
-@pytest.mark.parametrize("kind", [add_modules, add_dense, in_masked_lm, lambda folder: None])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        add_modules,
+        add_dense,
+        in_masked_lm,
+        lambda folder: None,
+    ],
+)
 def test_vectors_are_those_of_the_dense_model_without_the_blocks(proven, tmp_path, kind):
     model = save_reader(tmp_path / "model", word_pieces(prose(200)))
     kind(model)
@@ -94,7 +118,11 @@ def test_prompts_stay_and_the_card_stands_above_theirs(apply, tiny_encoder, tmp_
     assert written.index("stock sentence-transformers") < written.index("# Mine\nIt embeds.")
     assert "SentenceTransformer('tiny-encoder-sleb-4-blocks')" in written
     expected = vectors_of(tiny_encoder, REMOVED, prompt_name="query")
-    assert torch.allclose(vectors_of(folder, prompt_name="query"), expected, atol=1e-5)
+    assert torch.allclose(
+        vectors_of(folder, prompt_name="query"),
+        expected,
+        atol=1e-5,
+    )
     assert not torch.allclose(vectors_of(folder), expected, atol=1e-3)
 
 
@@ -114,7 +142,11 @@ def test_classes_and_scores_are_those_without_the_blocks(request, proven, tmp_pa
         if kind == "tiny_reranker":
             results.append(CrossEncoder(str(path)).predict([(TEXTS[0], text) for text in TEXTS]))
         else:
-            rows = pipeline("text-classification", str(path), device="cpu")(TEXTS)
+            rows = pipeline(
+                "text-classification",
+                str(path),
+                device="cpu",
+            )(TEXTS)
             results.append([row["score"] for row in rows])
     assert results[0] == pytest.approx(results[1], abs=1e-6)
     name = "CrossEncoder" if kind == "tiny_reranker" else "pipeline('text-classification'"
@@ -143,7 +175,11 @@ def test_without_sentence_transformers_its_own_pooling_is_used(apply, monkeypatc
 )
 def test_others_fail_the_proof(run_sleb, monkeypatch, tiny_encoder, tmp_path, owner, name, said):
     plain = getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *args, **how: plain(*args, **how) * 1.01)
+    monkeypatch.setattr(
+        owner,
+        name,
+        lambda *args, **how: plain(*args, **how) * 1.01,
+    )
     result = run_sleb("apply", tiny_encoder, "--blocks", "3,1", "-o", "out")
     assert result.exit_code == 9, result.stderr
     assert said in " ".join(result.stderr.split())
@@ -156,14 +192,25 @@ def test_tokens_of_other_scripts_go_from_word_pieces(apply, tmp_path):
     model = save_reader(tmp_path / "model", word_pieces(prose(120) + greek))
     add_modules(model)
     (tmp_path / "latin.txt").write_text(prose(60))
-    words = ["--scripts", "latin", "--calibration", tmp_path / "latin.txt", "--samples", 4]
+    words = [
+        "--scripts",
+        "latin",
+        "--calibration",
+        tmp_path / "latin.txt",
+        "--samples",
+        4,
+    ]
     applied = apply(model, *words, "--json")
     assert "0.0% of the tokens in latin.txt go" in applied.stderr
     result = json.loads(applied.stdout)
     before, after = result["vocabulary"]["tokens"]
     assert (before, after < before) == (160, True)
     assert {"same tokens", "same outputs", "same vectors"} < {*result["proof"]["checks"]}
-    assert torch.allclose(vectors_of(tmp_path / "out"), vectors_of(model), atol=1e-5)
+    assert torch.allclose(
+        vectors_of(tmp_path / "out"),
+        vectors_of(model),
+        atol=1e-5,
+    )
 
 
 def test_a_quantized_reader_is_refused(run_sleb, tmp_path):

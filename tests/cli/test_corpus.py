@@ -45,7 +45,12 @@ def reading(folder, items, removed=(), kind=AutoModel, length=48):
     rows = []
     for item in items:
         parts = (item,) if isinstance(item, str) else item
-        inputs = tokenizer(*parts, truncation=True, max_length=length, return_tensors="pt")
+        inputs = tokenizer(
+            *parts,
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
+        )
         with torch.no_grad():
             output = model(**inputs)
         rows.append(output.last_hidden_state[0].mean(0) if kind is AutoModel else output.logits[0])
@@ -61,7 +66,17 @@ def measures(result):
 
 
 def test_an_index_of_each_size_ranks_as_plain_code_does(sleb, tiny_encoder, beir):
-    words = ["eval", tiny_encoder, "--blocks", "1,3", "--every", 1, "--corpus", beir, "--json"]
+    words = [
+        "eval",
+        tiny_encoder,
+        "--blocks",
+        "1,3",
+        "--every",
+        1,
+        "--corpus",
+        beir,
+        "--json",
+    ]
     found = measures(sleb(*words))
     texts = [f"passage: {WORDS[n % 9]} {text}" for n, text in enumerate(TEXTS)]
     queries = [f"question: {text}" for text in QUERIES[:8]]
@@ -106,7 +121,17 @@ def test_texts_ask_each_other_and_never_find_themselves(sleb, run_sleb, tiny_enc
     pruned = normalize(reading(tiny_encoder, texts, {2}, length=24))
     before = top_ten((dense @ dense.T).fill_diagonal_(-2))
     after = top_ten((pruned @ dense.T).fill_diagonal_(-2))
-    share = sum(len({*one} & {*other}) for one, other in zip(before, after, strict=True)) / 400
+    share = (
+        sum(
+            len({*one} & {*other})
+            for one, other in zip(
+                before,
+                after,
+                strict=True,
+            )
+        )
+        / 400
+    )
     assert f"{share:.4f}" in shown.stdout
 
 
@@ -115,10 +140,27 @@ def test_a_classifier_is_held_against_its_dense_self_and_labels(sleb, tiny_class
     rows[0]["label"] = "LABEL_0"
     rows[1]["label"] = None
     file = write_lines(tmp_path / "labels.jsonl", rows)
-    found = measures(sleb("eval", tiny_classifier, "--blocks", 2, "--corpus", file, "--json"))
+    found = measures(
+        sleb(
+            "eval",
+            tiny_classifier,
+            "--blocks",
+            2,
+            "--corpus",
+            file,
+            "--json",
+        )
+    )
     kind = AutoModelForSequenceClassification
     dense, pruned = (
-        reading(tiny_classifier, TEXTS, removed, kind, 64).argmax(-1) for removed in ((), {2})
+        reading(
+            tiny_classifier,
+            TEXTS,
+            removed,
+            kind,
+            64,
+        ).argmax(-1)
+        for removed in ((), {2})
     )
     same = found["same class"]["pruned"][0]
     assert same["items"] == (dense == pruned).float().tolist()
@@ -130,7 +172,17 @@ def test_a_classifier_is_held_against_its_dense_self_and_labels(sleb, tiny_class
 def test_a_reranker_ranks_the_candidates_of_each_query(sleb, tiny_reranker, tmp_path):
     rows = [{"query": QUERIES[n % 10], "text": text} for n, text in enumerate(TEXTS)]
     file = write_lines(tmp_path / "pairs.jsonl", rows)
-    found = measures(sleb("eval", tiny_reranker, "--blocks", 2, "--corpus", file, "--json"))
+    found = measures(
+        sleb(
+            "eval",
+            tiny_reranker,
+            "--blocks",
+            2,
+            "--corpus",
+            file,
+            "--json",
+        )
+    )
     assert set(found) == {"rank correlation", "nDCG@10", "MRR@10"}
     assert found["nDCG@10"]["queries"] == len(found["nDCG@10"]["dense"]["items"]) == 10
     assert 0 < found["rank correlation"]["pruned"][0]["value"] < 1
@@ -138,7 +190,15 @@ def test_a_reranker_ranks_the_candidates_of_each_query(sleb, tiny_reranker, tmp_
 
 def test_what_is_kept_is_measured_once(sleb, run_sleb, tiny_encoder, beir, text_file):
     few = ["--samples", 12, "--sequence-length", 16, "--sample-tokens", 0]
-    sleb("search", tiny_encoder, "--remove", 2, "--calibration", text_file, *few)
+    sleb(
+        "search",
+        tiny_encoder,
+        "--remove",
+        2,
+        "--calibration",
+        text_file,
+        *few,
+    )
     sleb("eval plan.json --remove 1 --corpus", beir)
     more = run_sleb("eval plan.json --every 1 --corpus", beir)
     assert "Measured before" not in more.said
@@ -167,7 +227,11 @@ def test_what_cannot_be_measured_is_refused(run_sleb, request, tmp_path, model, 
     write_lines(tmp_path / "few.jsonl", [{"text": "river"}])
     rows = [{"text": text, "label": "other"} for text in TEXTS]
     write_lines(tmp_path / "labels.jsonl", rows)
-    result = run_sleb("eval", request.getfixturevalue(model), *options.split())
+    result = run_sleb(
+        "eval",
+        request.getfixturevalue(model),
+        *options.split(),
+    )
     assert result.exit_code != 0
     assert said in result.said
 

@@ -1,6 +1,7 @@
 """`sleb apply --heal` of models that only read, through `main()`."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,14 +21,12 @@ TOKENS = 8000
 def healed(sleb, tmp_path):
     """Heal a model that only reads without two of its blocks."""
     (tmp_path / "text.txt").write_text(prose(700))
-    options = [*calibration("text.txt", samples=100), "--heal -o out"]
+    return partial(heal, sleb)
 
-    def run(model, *more, blocks="2,3", tokens=TOKENS, **how):
-        return sleb(
-            "apply", model, "--blocks", blocks, *options, "--heal-tokens", tokens, *more, **how
-        )
 
-    return run
+def heal(sleb, model, *more, blocks="2,3", tokens=TOKENS, **how):
+    options = [*calibration("text.txt", samples=100), "--heal -o out", "--heal-tokens", tokens]
+    return sleb("apply", model, "--blocks", blocks, *options, *more, **how)
 
 
 @pytest.mark.parametrize("model", ["tiny_encoder", "tiny_classifier", "tiny_reranker"])
@@ -79,14 +78,16 @@ def test_an_interrupted_healing_resumes_to_the_same_bytes(
     assert weight_bytes_of(tmp_path / "whole") == weight_bytes_of(tmp_path / "out")
 
 
+add_gradient = OutputDistillation.add_gradient
+
+
+def short_of_memory(distillation, batch, scale):
+    if batch.targets > 8:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return add_gradient(distillation, batch, scale)
+
+
 def test_out_of_memory_heals_fewer_texts_at_once(healed, tiny_encoder, monkeypatch):
-    add_gradient = OutputDistillation.add_gradient
-
-    def short_of_memory(distillation, batch, scale):
-        if batch.targets > 8:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return add_gradient(distillation, batch, scale)
-
     whole = healed(tiny_encoder, tokens=2000).stdout
     monkeypatch.setattr(OutputDistillation, "add_gradient", short_of_memory)
     pieces = healed(tiny_encoder, "--force", tokens=2000)

@@ -38,7 +38,15 @@ def search_reader(run_sleb, texts, tmp_path):
 
 
 def searched(run_sleb, texts, plan, model, *options, remove=2, samples=16, code=0):
-    words = ["--calibration", texts, "--samples", samples, "--remove", remove, "--force"]
+    words = [
+        "--calibration",
+        texts,
+        "--samples",
+        samples,
+        "--remove",
+        remove,
+        "--force",
+    ]
     result = run_sleb("search", model, *words, *NO_SAMPLE, *options)
     assert result.exit_code == code, result.stderr
     return result, (None if code else read_plan(plan))
@@ -53,7 +61,12 @@ def of_each(folder, texts, removed, *, prompt="", auto=AutoModel, longest=64):
     rows = []
     for row in map(json.loads, texts.read_text().splitlines()):
         pair = prompt + row["query"], row["text"]
-        inputs = tokenizer(*pair, return_tensors="pt", truncation=True, max_length=longest)
+        inputs = tokenizer(
+            *pair,
+            return_tensors="pt",
+            truncation=True,
+            max_length=longest,
+        )
         with torch.no_grad():
             output = model(**inputs)
         if auto is AutoModel:
@@ -68,7 +81,11 @@ def cosine(outputs, dense):
 
 
 def divergence(outputs, dense):
-    return functional.kl_div(outputs.log_softmax(-1), dense.softmax(-1), reduction="none").sum(-1)
+    return functional.kl_div(
+        outputs.log_softmax(-1),
+        dense.softmax(-1),
+        reduction="none",
+    ).sum(-1)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +96,15 @@ def divergence(outputs, dense):
         ("tiny_reranker", AutoModelForSequenceClassification, lambda a, b: (a - b).square()[:, 0]),
     ],
 )
-@pytest.mark.parametrize("how", [[], ["--stream"], ["--batch-size", 3], ["--strategy", "refine"]])
+@pytest.mark.parametrize(
+    "how",
+    [
+        [],
+        ["--stream"],
+        ["--batch-size", 3],
+        ["--strategy", "refine"],
+    ],
+)
 def test_scores_are_those_of_single_texts(request, search_reader, texts, kind, auto, distance, how):
     folder = request.getfixturevalue(kind)
     _, plan = search_reader(folder, *how, samples=len(TEXTS), remove=1)
@@ -101,17 +126,44 @@ def test_a_race_finds_the_same_blocks_and_a_search_is_extended(search_reader, sl
     result, whole = search_reader(tiny_encoder, samples=20, remove=3)
     assert "distance" in result.stdout
     assert "perplexity" not in result.stdout
-    _, raced = search_reader(tiny_encoder, "--fast", "--batch-size", 4, samples=20, remove=3)
+    _, raced = search_reader(
+        tiny_encoder,
+        "--fast",
+        "--batch-size",
+        4,
+        samples=20,
+        remove=3,
+    )
     assert raced.removals == whole.removals
     _, first = search_reader(tiny_encoder, samples=20, remove=1)
-    sleb("search", tiny_encoder, "--extend", "plan.json", "--remove", 3, *NO_SAMPLE)
+    sleb(
+        "search",
+        tiny_encoder,
+        "--extend",
+        "plan.json",
+        "--remove",
+        3,
+        *NO_SAMPLE,
+    )
     assert read_plan(first._location.file).steps == whole.steps
 
 
 def test_texts_begin_with_the_prompt_that_is_asked_for(search_reader, texts, tiny_encoder):
-    _, plan = search_reader(tiny_encoder, "--prompt", "query", samples=len(TEXTS), remove=1)
+    _, plan = search_reader(
+        tiny_encoder,
+        "--prompt",
+        "query",
+        samples=len(TEXTS),
+        remove=1,
+    )
     dense = of_each(tiny_encoder, texts, (), prompt="question: ", longest=48)
-    without = of_each(tiny_encoder, texts, plan.removals, prompt="question: ", longest=48)
+    without = of_each(
+        tiny_encoder,
+        texts,
+        plan.removals,
+        prompt="question: ",
+        longest=48,
+    )
     assert plan.steps[0].distance == pytest.approx(float(cosine(without, dense).mean()), abs=2e-5)
     assert plan.request["prompt"] == "query"
 
@@ -119,7 +171,14 @@ def test_texts_begin_with_the_prompt_that_is_asked_for(search_reader, texts, tin
 @pytest.mark.parametrize("metric", ["cosine", "angular", "magnitude"])
 def test_scores_of_blocks_ignore_padding(search_reader, tiny_encoder, metric):
     plans = [
-        search_reader(tiny_encoder, "--metric", metric, "--batch-size", size)[1] for size in (1, 16)
+        search_reader(
+            tiny_encoder,
+            "--metric",
+            metric,
+            "--batch-size",
+            size,
+        )[1]
+        for size in (1, 16)
     ]
     assert plans[0].steps[0].scores == pytest.approx(plans[1].steps[0].scores, rel=1e-4)
 
@@ -140,9 +199,18 @@ class FirstTwo(ending.Classes):
 def test_another_ending_needs_no_more_than_its_outputs(
     search_reader, monkeypatch, texts, tiny_classifier
 ):
-    monkeypatch.setattr(placement, "ending_of", lambda architecture, device: FirstTwo())
+    monkeypatch.setattr(
+        placement,
+        "ending_of",
+        lambda architecture, device: FirstTwo(),
+    )
     _, plan = search_reader(tiny_classifier, samples=len(TEXTS), remove=1)
-    of_block = partial(of_each, tiny_classifier, texts, auto=AutoModelForSequenceClassification)
+    of_block = partial(
+        of_each,
+        tiny_classifier,
+        texts,
+        auto=AutoModelForSequenceClassification,
+    )
     dense = of_block(())[:, :2]
     expected = {n: float(divergence(of_block({n})[:, :2], dense).mean()) for n in range(1, 5)}
     assert plan.steps[0].scores == pytest.approx(expected, abs=TOLERANCE)
@@ -160,7 +228,16 @@ def test_another_ending_needs_no_more_than_its_outputs(
     ],
 )
 def test_what_needs_a_language_head_is_refused(run_sleb, texts, tiny_encoder, options, said, hint):
-    words = ["search", tiny_encoder, "--remove", 1, "--calibration", texts, *NO_SAMPLE, *options]
+    words = [
+        "search",
+        tiny_encoder,
+        "--remove",
+        1,
+        "--calibration",
+        texts,
+        *NO_SAMPLE,
+        *options,
+    ]
     result = run_sleb(*words)
     assert result.exit_code == 2, result.stderr
     assert said in " ".join(result.stderr.split())
@@ -168,32 +245,96 @@ def test_what_needs_a_language_head_is_refused(run_sleb, texts, tiny_encoder, op
 
 
 def test_a_file_may_have_too_few_texts(search_reader, tiny_encoder):
-    assert "has 20 texts, not 999" in search_reader(tiny_encoder, samples=999, code=5)[0].stderr
+    assert (
+        "has 20 texts, not 999"
+        in search_reader(
+            tiny_encoder,
+            samples=999,
+            code=5,
+        )[0].stderr
+    )
 
 
 def test_a_language_model_has_no_output_to_keep(search, tiny_llama):
-    assert "Use --metric kl" in search("--remove", 1, "--metric", "output", code=2).stderr
-    assert "--prompt is for" in search("--remove", 1, "--prompt", "query", code=2).stderr
+    assert (
+        "Use --metric kl"
+        in search(
+            "--remove",
+            1,
+            "--metric",
+            "output",
+            code=2,
+        ).stderr
+    )
+    assert (
+        "--prompt is for"
+        in search(
+            "--remove",
+            1,
+            "--prompt",
+            "query",
+            code=2,
+        ).stderr
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda folder: (folder / "modules.json").unlink(), "predicts masked tokens"),
-        (lambda folder: edit(folder / "modules.json", '"path": ""', '"path": "0_T"'), "keeps its"),
-        (lambda folder: edit(folder / "modules.json", "Normalize", "LSTM"), "a module LSTM"),
-        (lambda folder: edit(folder / "1_Pooling/config.json", "mean", "middle"), "with middle"),
         (
-            lambda folder: edit(folder / "1_Pooling/config.json", "{", '{"include_prompt": false,'),
+            lambda folder: edit(
+                folder / "modules.json",
+                '"path": ""',
+                '"path": "0_T"',
+            ),
+            "keeps its",
+        ),
+        (
+            lambda folder: edit(
+                folder / "modules.json",
+                "Normalize",
+                "LSTM",
+            ),
+            "a module LSTM",
+        ),
+        (
+            lambda folder: edit(
+                folder / "1_Pooling/config.json",
+                "mean",
+                "middle",
+            ),
+            "with middle",
+        ),
+        (
+            lambda folder: edit(
+                folder / "1_Pooling/config.json",
+                "{",
+                '{"include_prompt": false,',
+            ),
             "leaves out the prompt",
         ),
     ],
 )
 def test_models_that_cannot_be_read_are_refused(run_sleb, texts, tmp_path, change, said):
-    folder = add_modules(save_reader(tmp_path / "model", word_pieces(prose(200)), bert_config()))
+    folder = add_modules(
+        save_reader(
+            tmp_path / "model",
+            word_pieces(prose(200)),
+            bert_config(),
+        )
+    )
     edit(folder / "config.json", "BertModel", "BertForMaskedLM")
     change(folder)
-    result = run_sleb("search", folder, "--remove", 1, "--calibration", texts, *NO_SAMPLE)
+    result = run_sleb(
+        "search",
+        folder,
+        "--remove",
+        1,
+        "--calibration",
+        texts,
+        *NO_SAMPLE,
+    )
     assert result.exit_code == 4, result.stderr
     assert said in " ".join(result.stderr.split())
 

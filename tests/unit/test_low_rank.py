@@ -36,7 +36,14 @@ def backward(weights, inputs, scale):
 
 @pytest.mark.parametrize(
     ("shape", "rank"),
-    [((576, 1536), 64), ((3, 10, 12), 5), ((100, 4), 2), ((7, 1, 4), 0), ((64,), 0), ((), 0)],
+    [
+        ((576, 1536), 64),
+        ((3, 10, 12), 5),
+        ((100, 4), 2),
+        ((7, 1, 4), 0),
+        ((64,), 0),
+        ((), 0),
+    ],
 )
 def test_the_rank_is_at_most_half_of_the_weights_own(shape, rank):
     assert rank_of(shape) == rank
@@ -48,12 +55,31 @@ def test_steps_are_those_of_lora_under_adamw(monkeypatch):
     start = [torch.randn(shape) for shape in SHAPES]
     weights = [nn.Parameter(value.clone()) for value in start]
     trained = LowRank(weights, start, torch.float32)
-    assert all(torch.equal(weight, value) for weight, value in zip(weights, start, strict=True))
+    assert all(
+        torch.equal(weight, value)
+        for weight, value in zip(
+            weights,
+            start,
+            strict=True,
+        )
+    )
     pairs = plain_pairs(trained.values.detach())
     sizes = [value.square().mean().sqrt() / low_rank.REFERENCE_SIZE for value in start]
-    scales = [size * 24 / value.shape[-1] ** 0.5 for size, value in zip(sizes, start, strict=True)]
+    scales = [
+        size * 24 / value.shape[-1] ** 0.5
+        for size, value in zip(
+            sizes,
+            start,
+            strict=True,
+        )
+    ]
     leaves = [leaf for pair in pairs for leaf in pair]
-    optimizer = torch.optim.AdamW(leaves, lr=0.01, betas=BETAS, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        leaves,
+        lr=0.01,
+        betas=BETAS,
+        weight_decay=0.0,
+    )
     for step in range(4):
         inputs = [torch.randn(*shape[:-2], 5, shape[-1]) for shape in SHAPES]
         scale = 10**step / 100
@@ -72,9 +98,25 @@ def test_steps_are_those_of_lora_under_adamw(monkeypatch):
         optimizer.zero_grad()
         trained.step(gradient, 0.01)
         plain = torch.cat([leaf.flatten() for leaf in leaves])
-        torch.testing.assert_close(trained.values.data, plain, rtol=1e-3, atol=1e-4)
-    for c, weight, value, (down, up) in zip(scales, weights, start, pairs, strict=True):
-        torch.testing.assert_close(weight, value + c * up @ down, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            trained.values.data,
+            plain,
+            rtol=1e-3,
+            atol=1e-4,
+        )
+    for c, weight, value, (down, up) in zip(
+        scales,
+        weights,
+        start,
+        pairs,
+        strict=True,
+    ):
+        torch.testing.assert_close(
+            weight,
+            value + c * up @ down,
+            rtol=1e-3,
+            atol=1e-3,
+        )
         assert not torch.allclose(weight, value, atol=0.01)
     assert not trained.take_gradient().any()
 
@@ -91,4 +133,9 @@ def test_steps_too_small_for_bfloat16_add_up():
         gradient[32:] = 1.0
         trained.step(gradient, 1e-4)
     # B goes down by 100 steps of 1e-4, and with four times 0.25 so does the weight.
-    torch.testing.assert_close(weight.float(), torch.full((8, 8), 0.99), atol=2e-3, rtol=0)
+    torch.testing.assert_close(
+        weight.float(),
+        torch.full((8, 8), 0.99),
+        atol=2e-3,
+        rtol=0,
+    )

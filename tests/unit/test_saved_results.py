@@ -29,12 +29,23 @@ def evaluation(*texts, **options):
 def benchmark(*workloads, every=9, iterations=2):
     """Return a benchmark of prompts, each of so many sequences and tokens."""
     shapes = [("prompt", *workload, 0) for workload in workloads]
-    return make_benchmark(PLAN, every=every, iterations=iterations, workloads=shapes)
+    return make_benchmark(
+        PLAN,
+        every=every,
+        iterations=iterations,
+        workloads=shapes,
+    )
 
 
 def test_sizes_of_a_task_that_has_changed_are_dropped():
     few, every = (
-        make_evaluation(PLAN, texts=(), tasks=("piqa",), every=number) for number in (9, 1)
+        make_evaluation(
+            PLAN,
+            texts=(),
+            tasks=("piqa",),
+            every=number,
+        )
+        for number in (9, 1)
     )
     changed_task = few.tasks[0].model_copy(update={"fingerprint": "other"})
     changed = few.model_copy(update={"tasks": (changed_task,)})
@@ -79,7 +90,13 @@ def test_files_that_cannot_be_read_or_written_lose_nothing(tmp_path):
     unreadable = tmp_path / "eval-0.json"
     unreadable.write_text('{"kind": "eval"}')
     keep_result(evaluation(), PART, tmp_path, heard.append)
-    assert [*read_results(EvalResult, tmp_path, heard.append).values()] == [evaluation()]
+    assert [
+        *read_results(
+            EvalResult,
+            tmp_path,
+            heard.append,
+        ).values()
+    ] == [evaluation()]
     assert "eval-0.json: this version of sleb cannot read it (schema_version" in heard[0].text
     assert unreadable.read_text() == '{"kind": "eval"}'
     keep_result(evaluation(), PART, unreadable, heard.append)
@@ -99,7 +116,15 @@ def test_only_results_are_deleted(tmp_path):
 
 
 def test_fewer_iterations_do_not_stand_for_more():
-    long, quick = benchmark((1, 8), iterations=5), benchmark((1, 8), (1, 4), every=1, iterations=1)
+    long, quick = (
+        benchmark((1, 8), iterations=5),
+        benchmark(
+            (1, 8),
+            (1, 4),
+            every=1,
+            iterations=1,
+        ),
+    )
     both = join_results([long, quick])
     assert both.workloads == (long.workloads[0], quick.workloads[1])
     assert [size.removals for size in both.pruned] == list(PLAN.size_keys)
@@ -108,7 +133,13 @@ def test_fewer_iterations_do_not_stand_for_more():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"new_tokens": 4}, {"compiled": True}, {"batch_size": 2}, {"engine": "vllm"}]
+    "changes",
+    [
+        {"new_tokens": 4},
+        {"compiled": True},
+        {"batch_size": 2},
+        {"engine": "vllm"},
+    ],
 )
 def test_other_settings_are_another_workload(changes):
     result = benchmark((1, 8))
