@@ -176,7 +176,8 @@ class Vectors(Reader):
 
     def distance(self, outputs: Tensor, dense: Tensor) -> Tensor:
         """Return 1 - cosine."""
-        return 1 - functional.cosine_similarity(outputs, dense, dim=-1)
+        cosine = functional.cosine_similarity(outputs, dense, dim=-1)
+        return (1 - cosine).clamp(min=0)  # rounding may leave less than 0
 
 
 class Classes(Reader):
