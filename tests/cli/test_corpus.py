@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from conftest import WORDS, prose
-from sleb_cli.engine.quality.corpus import ndcg, rank_correlation
+from sleb_cli.engine.quality.corpus import ndcg, of_others, rank_correlation
 
 TEXTS = prose(240).splitlines()
 QUERIES = [" ".join(WORDS[start : start + 3]) for start in range(0, 30, 3)]
@@ -237,6 +237,8 @@ def test_what_cannot_be_measured_is_refused(run_sleb, request, tmp_path, model, 
 
 
 def test_measures_on_paper():
+    similarities = torch.tensor([[-math.inf, 1.0, 2.0], [3.0, -math.inf, 1.0]])
+    assert of_others(similarities).tolist() == [[1, 2], [3, 1]]
     assert ndcg([3, 1], {1: 1.0, 2: 3.0}) == pytest.approx(0.6309 / (3 + 0.6309), abs=1e-4)
     ranked = rank_correlation(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 3.0, 2.0]]))
     assert ranked == [0.5]

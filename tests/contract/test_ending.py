@@ -1,5 +1,7 @@
 """The vectors of embedding models are those that sentence-transformers computes."""
 
+import json
+import shutil
 from functools import partial
 
 import pytest
@@ -9,7 +11,7 @@ from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 
 from conftest import architecture_of, prose
-from encoders import bert_config, save_reader, word_pieces
+from encoders import add_modules, bert_config, save_reader, word_pieces
 from sleb_cli.engine.forward.placement import open_model
 from sleb_cli.engine.model.reading import POOLING_MODES
 from sleb_cli.engine.surgery.loading import Placement
@@ -69,9 +71,25 @@ def test_vectors_are_those_of_sentence_transformers(request, tmp_path, kind, mod
     others = [make(start.get_word_embedding_dimension()) for make in modules]
     stock = SentenceTransformer(modules=[start, *others], device="cpu")
     stock.save(str(tmp_path / "stock"))
-    stock = SentenceTransformer(str(tmp_path / "stock"), device="cpu", local_files_only=True)
-    architecture = architecture_of(tmp_path / "stock")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "stock")
+    compare(tmp_path / "stock")
+
+
+def test_old_settings_are_read_in_the_order_of_sentence_transformers(encoder, tmp_path):
+    folder = tmp_path / "old"
+    shutil.copytree(encoder, folder)
+    add_modules(folder, modules=("Transformer", "Pooling"))
+    old = {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}
+    (folder / "1_Pooling" / "config.json").write_text(
+        json.dumps({"word_embedding_dimension": 32, **old})
+    )
+    compare(folder)
+
+
+def compare(folder):
+    """Compare our vectors of a saved model with those of sentence-transformers."""
+    stock = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    architecture = architecture_of(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = pad_texts(tokenizer, TEXTS, TextShape(architecture.longest_sequence))
     placement = Placement(torch.device("cpu"), torch.float32)
     with open_model(architecture, placement, ignore) as model, torch.inference_mode():

@@ -1,7 +1,7 @@
 """The ending of a model: what it computes from the hidden states that leave its last block, and how
 far two of its results lie apart.
 
-The walk, the race, the plan and the proof know this seam, and none of the endings.
+The walk and the race know this seam, and none of the endings.
 """
 
 from __future__ import annotations

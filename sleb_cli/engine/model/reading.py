@@ -17,13 +17,15 @@ from sleb_plugins import UnsupportedModelError
 
 POOLING_MODES = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
-_OLD_NAMES = {
-    "cls_token": "cls",
-    "mean_tokens": "mean",
-    "max_tokens": "max",
-    "weightedmean_tokens": "weightedmean",
+_OLD_KEYS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
 }
-"""What configs of earlier versions of sentence-transformers call some modes of pooling."""
+"""The keys of earlier versions of sentence-transformers, in the order that vectors are joined in."""
 
 BEHIND = ("Dense", "Normalize", "LayerNorm", "Dropout")
 """The modules that may follow the pooling."""
@@ -116,7 +118,7 @@ def _read_modules(source: ModelSource) -> Reading:
         tuple(modules),
         longest=settings.get("max_seq_length"),
         lower_case=bool(settings.get("do_lower_case")),
-        prompts={name: text for name, text in (whole.get("prompts") or {}).items() if text},
+        prompts={name: text or "" for name, text in (whole.get("prompts") or {}).items()},
         prompt=whole.get("default_prompt_name"),
     )
 
@@ -143,13 +145,9 @@ def pooling_modes(module: Module, source: ModelSource) -> list[str]:
         UnsupportedModelError: sleb does not know one.
     """
     named = module.settings.get("pooling_mode")
-    modes = list(named or ())
-    if isinstance(named, str):
-        modes = [named]
-    for key, value in module.settings.items():
-        if key.startswith("pooling_mode_") and value:
-            name = key.removeprefix("pooling_mode_")
-            modes.append(_OLD_NAMES.get(name, name))
+    if named is None:
+        named = [mode for key, mode in _OLD_KEYS.items() if module.settings.get(key)]
+    modes = [named] if isinstance(named, str) else list(named or ["mean"])
     if module.settings.get("include_prompt") is False:
         raise _unknown(source, "Pooling that leaves out the prompt")
     for mode in modes:

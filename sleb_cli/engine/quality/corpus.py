@@ -80,11 +80,6 @@ def tokenize_corpus(
         DataError: there are too few texts, or a label is no class of the model.
         UsageError: the model has no prompt of this name.
     """
-    if len(corpus.texts) < NEAREST + 2:
-        raise DataError(
-            f"{name} has {plural(len(corpus.texts), 'text')}, but needs at least {NEAREST + 2}.",
-            hint="Add more texts to it.",
-        )
     shapes = [_shape(architecture, length, prompt)]
     candidates: list[list[int]] = []
     labels: list[int | None] = []
@@ -100,13 +95,19 @@ def tokenize_corpus(
             _shape(architecture, length, prompt, QUERY_PROMPTS),
             _shape(architecture, length, None, TEXT_PROMPTS),
         ]
+    needed = NEAREST + 2 if output == "vectors" else 2
+    if len(items) < needed:
+        raise DataError(
+            f"{name} has {plural(len(items), 'text')}, but needs at least {needed}.",
+            hint="Add more texts to it.",
+        )
     texts = pad_texts(tokenizer, items, shapes[-1])
     if len(shapes) > 1:
         texts = join([texts, pad_texts(tokenizer, corpus.queries, shapes[0])])
     known = {"tokens": tokens_sha256(texts.ids), "gains": corpus.gains, "labels": labels}
     description = {
         "corpus": local_path(name).name,
-        "texts": len(corpus.texts),
+        "texts": len(corpus.texts if output == "scores" else items),
         "queries": len(corpus.queries),
         "sequence_length": length,
         "prompts": tuple(shape.prompt for shape in shapes),
@@ -221,8 +222,16 @@ def _of_vectors(corpus: CorpusTexts, vectors: Tensor, dense: Tensor) -> Measures
             measures[f"neighbours, {index}"] += (same.sum((1, 2)).double() / NEAREST).tolist()
             for query, ranking in enumerate(ranked.tolist(), start=start - first):
                 _judge(measures, f", {index}", ranking, corpus.gains[query : query + 1])
-        measures["rank correlation"] += rank_correlation(indices["own index"], wanted)
+        measures["rank correlation"] += rank_correlation(
+            of_others(indices["own index"]), of_others(wanted)
+        )
     return measures
+
+
+def of_others(similarities: Tensor) -> Tensor:
+    """Leave out each text's similarity to itself, which is -inf."""
+    others = similarities.masked_select(similarities > -torch.inf)
+    return others.view(len(similarities), -1)
 
 
 def _of_scores(corpus: CorpusTexts, scores: Tensor, dense: Tensor) -> Measures:

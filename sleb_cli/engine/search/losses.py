@@ -71,10 +71,15 @@ def perplexity(scoring: Scoring, loss: float, opening: str) -> float | None:
     Raises:
         ModelError: it is not finite; the message begins with `opening` ("Without block 5").
     """
-    if scoring.passes.skippable.ending.output and math.isfinite(loss):
-        return None
+    dtype = scoring.passes.skippable.model.dtype
+    if scoring.passes.skippable.ending.output:
+        if math.isfinite(loss):
+            return None
+        raise ModelError(
+            f"{opening}, the distance is {loss} in {dtype_name(dtype)}.",
+            hint=hint_for_nonfinite(dtype),
+        )
     if not loss < MAX_LOSS:
-        dtype = scoring.passes.skippable.model.dtype
         raise ModelError(
             f"{opening}, the calibration loss is {loss} in {dtype_name(dtype)}, so the perplexity "
             "is not finite.",

@@ -1,4 +1,4 @@
-"""The scores of candidates, for each of the four kinds of metric of blocks.
+"""The scores of candidates, for each kind of metric of blocks.
 
 Only scores that the journal lacks are measured, but for those of weights, which it never holds.
 Processes share that work: they deal it, measure, and exchange their scores after each turn, so they
