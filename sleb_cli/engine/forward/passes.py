@@ -10,9 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.forward.fork import BatchWalk, Walk, walk_together
+from sleb_cli.engine.forward.fork import Walk, walk_together
 from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.forward.spans import ScoreStates, Span, SpanScores, SpansWalk
 from sleb_cli.engine.forward.states import BASE, States, depths_to_keep
 from sleb_cli.engine.forward.stores import SharedInputs, Store, keep_on_device
 from sleb_cli.engine.memory import SmallerPieces
@@ -25,14 +26,6 @@ KEPT_DEPTHS = 4
 
 Job = tuple[int, Sequence[int]]
 """A batch, and the candidates to score on it."""
-
-Span = tuple[int, int]
-"""The first and the last of consecutive blocks."""
-
-ScoreStates = Callable[[Tensor, Tensor, Tensor | None], list[float]]
-"""Takes the states that enter and leave a span, [sequences, positions, hidden size], and a mask of
-the positions that count (None: all); returns each sequence's score.
-"""
 
 
 @dataclass(eq=False)
@@ -47,7 +40,7 @@ class _MicroBatch:
         loss_mask: which of the tokens count as targets; None for all.
         states: hidden states that the next step may begin with.
         dense: what a metric compares with: the hidden states that leave the last block of the dense
-            model or, if the model runs whole, its logits.
+            model or, if the model runs whole, its result.
     """
 
     batch: int
@@ -85,50 +78,6 @@ class _Step:
     removed: Sequence[int]
     ranking: Sequence[int]
     advance: Advance
-
-
-@dataclass
-class _SpanScores:
-    """The scores of one micro-batch's sequences, by span, from the states that enter and leave it.
-
-    Spans begin and end with a candidate and have up to `longest` blocks.
-    """
-
-    candidates: Sequence[int]
-    longest: int
-    score: ScoreStates
-    mask: Tensor | None = None
-    found: dict[Span, list[float]] = field(default_factory=dict, init=False)
-    _entered: dict[int, Tensor] = field(default_factory=dict, init=False)
-    """The states that entered the last candidates."""
-
-    def add(self, block: int, entering: Tensor, leaving: Tensor) -> None:
-        """Score the spans that end with this block, if it is a candidate."""
-        if block not in self.candidates:
-            return
-        self._entered[block] = entering
-        for first in list(self._entered):
-            if block - first < self.longest:
-                self.found[first, block] = self.score(self._entered[first], leaving, self.mask)
-            else:
-                del self._entered[first]
-
-
-@dataclass(eq=False)
-class _SpansWalk(BatchWalk):
-    """A batch in the model as it stands, while its spans are scored."""
-
-    spans: _SpanScores
-
-    def __post_init__(self) -> None:
-        self.hidden = self.calls[0].entering
-
-    def advance(self, block: int) -> None:
-        """Run `block`, and score the spans that end with it."""
-        if block not in self.removed:
-            leaving = self.run(block, self.hidden)
-            self.spans.add(block, self.hidden, leaving)
-            self.hidden = leaving
 
 
 @dataclass
@@ -264,11 +213,11 @@ class Passes:
         scored = []
         for micro, walk in walks.items():
             for block in candidates[micro]:
-                scores = self._score_states(step.metric, micro, walk.branches.pop(block))
+                scores = self._score_ending(step.metric, micro, walk.branches.pop(block))
                 scored.append((micro, block, scores))
         return scored
 
-    def _score_states(
+    def _score_ending(
         self, metric: LogitMetric | OutputMetric, micro: _MicroBatch, hidden: Tensor
     ) -> list[float]:
         """Return each sequence's score, given the hidden states that leave the last block."""
@@ -335,7 +284,7 @@ class Passes:
                     spans = []
                     for micro in micro_batches:
                         mask = micro.ids.mask if isinstance(micro.ids, PaddedTexts) else None
-                        spans.append(_SpanScores(candidates, longest, score, mask))
+                        spans.append(SpanScores(candidates, longest, score, mask))
                     found = self._score_spans(micro_batches, removed, spans)
                     for micro, of_micro in zip(micro_batches, found, strict=True):
                         of_batch = scores[micro.batch]
@@ -349,7 +298,7 @@ class Passes:
         self,
         micro_batches: Sequence[_MicroBatch],
         removed: Sequence[int],
-        spans: Sequence[_SpanScores],
+        spans: Sequence[SpanScores],
     ) -> list[dict[Span, list[float]]]:
         """Run micro-batches through the model as it stands; return the scores of each."""
         if self.forks:
@@ -360,7 +309,7 @@ class Passes:
             walks = []
             for micro, of_micro in zip(micro_batches, spans, strict=True):
                 calls = shared.calls(micro.ids)[: of_micro.candidates[-1] + 1]
-                walks.append(_SpansWalk(self.skippable, calls, removed, of_micro, store=store))
+                walks.append(SpansWalk(self.skippable, calls, removed, of_micro, store=store))
             walk_together(self.skippable, walks)
         else:
             for micro, of_micro in zip(micro_batches, spans, strict=True):

@@ -25,7 +25,7 @@ _OLD_KEYS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-"""The keys of earlier versions of sentence-transformers, in the order that vectors are joined in."""
+"""Keys of earlier versions of sentence-transformers, in the order that vectors are joined in."""
 
 BEHIND = ("Dense", "Normalize", "LayerNorm", "Dropout")
 """The modules that may follow the pooling."""

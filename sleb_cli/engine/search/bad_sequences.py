@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import dtype_name, hint_for_nonfinite
-from sleb_cli.engine.forward.passes import Passes, Span
+from sleb_cli.engine.forward.passes import Passes
+from sleb_cli.engine.forward.spans import Span
 from sleb_cli.engine.model.padded import ids_of
 from sleb_cli.engine.search.inputs import SearchInputs
 from sleb_cli.engine.search.journal import Journal
