@@ -52,6 +52,7 @@ class CorpusTexts:
 
     Attributes:
         texts: texts, and then queries, for vectors; each query with its candidates for scores.
+        gains: how relevant each judged text is to each query, by its number.
         candidates: the numbers of the texts that are scored for each query.
         labels: the class of each text or pair; None where it is not known.
         description: the fields of a `CorpusResult` that identify the texts.
