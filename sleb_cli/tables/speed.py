@@ -30,7 +30,7 @@ def workload_name(result: WorkloadResult) -> str:
 
 
 def texts_per_second(workload: Workload, timing: Timing) -> float | None:
-    """Return how many texts a model reads in a second, by the median; None for other workloads."""
+    """Return the texts that a model reads in a second, by the median; None for other workloads."""
     if workload.name != "texts":
         return None
     return 1000 * workload.batch_size / timing.e2el_ms.median

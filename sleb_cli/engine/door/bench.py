@@ -13,7 +13,7 @@ from sleb_cli.checks.clashes import given
 from sleb_cli.checks.subjects import NamedSubject
 from sleb_cli.checks.verbs import points_of
 from sleb_cli.engine.device import choose_device
-from sleb_cli.engine.door.named_model import plan_surgeries, resolve_subject
+from sleb_cli.engine.door.named_model import needs_language_head, plan_surgeries, resolve_subject
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.model.architecture import Architecture
@@ -121,7 +121,7 @@ def _workloads_of_reader(
         refused = given(point, "prompt generation new_tokens engine=*")
         if refused:
             raise UsageError(
-                f"{refused[0]} needs a language head, and {architecture.source.id} only reads.",
+                needs_language_head(refused[0], architecture),
                 hint=f"Leave out {refused[0]}.",
             )
         batch_sizes = TEXTS_AT_ONCE

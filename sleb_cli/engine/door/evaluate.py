@@ -14,7 +14,12 @@ from sleb_cli.checks.clashes import given
 from sleb_cli.checks.subjects import NamedSubject
 from sleb_cli.checks.verbs import parse_batch_size
 from sleb_cli.engine.device import choose_device, parse_dtype
-from sleb_cli.engine.door.named_model import plan_surgeries, resolve_subject, with_recovered
+from sleb_cli.engine.door.named_model import (
+    needs_language_head,
+    plan_surgeries,
+    resolve_subject,
+    with_recovered,
+)
 from sleb_cli.engine.forward.memory_needs import model_bytes
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.model.architecture import Architecture
@@ -105,7 +110,7 @@ def _require_measurable(request: EvalRequest, architecture: Architecture) -> Non
         return
     hint = "Measure it on texts, or on a folder in BEIR's form: --corpus FILE|FOLDER."
     for option in given(request, "perplexity tasks"):
-        raise UsageError(f"{option} needs a language head, which {name} lacks.", hint=hint)
+        raise UsageError(needs_language_head(option, architecture), hint=hint)
     if request.corpus is None:
         raise UsageError(f"{name} only reads, so it has no perplexity.", hint=hint)
 

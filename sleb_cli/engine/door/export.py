@@ -36,13 +36,13 @@ def resolve_export(
     named = asked[0]
     subject = None
     if source:
-        from sleb_cli.engine.door.named_model import resolve_subject  # which imports torch
+        # These import torch.
+        from sleb_cli.engine.door.named_model import needs_language_head, resolve_subject
 
         subject = resolve_subject(named, source, registry, notify)
         if subject.architecture.reading and exporter.only_counts:
             raise UnsupportedModelError(
-                f"{exporter.name} needs a language head, and {subject.architecture.source.id} only "
-                "reads.",
+                needs_language_head(exporter.name, subject.architecture),
                 hint="Write the checkpoint with `sleb apply`.",
             )
     pruning = _pruning(request, named, subject, notify)

@@ -18,6 +18,11 @@ from sleb_cli.units import plural
 from sleb_plugins import PlanError, UsageError
 
 
+def needs_language_head(what: str, architecture: Architecture) -> str:
+    """Say why an option or a format does not apply to a model that only reads."""
+    return f"{what} needs a language head, and {architecture.source.id} only reads."
+
+
 def plan_surgeries(subject: Subject, sizes: Sequence[int]) -> tuple[Surgery, ...]:
     """Plan the surgery for each size to be measured."""
     most = len(subject.surgery.size_key)

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import torch
 
+from sleb_cli.checks.clashes import given
 from sleb_cli.checks.searches import CheckedSearch, goal_of
 from sleb_cli.engine.device import choose_device, dtype_name, parse_dtype
-from sleb_cli.engine.door.named_model import read_model
+from sleb_cli.engine.door.named_model import needs_language_head, read_model
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.experts import Experts, expert_parameters, find_experts
@@ -118,11 +119,11 @@ def _with_fitting_metric(
     """Give a model that only reads its default metric, and refuse what is for another model."""
     request = checked.request
     metric = checked.metric
-    named = architecture.source.id
     if architecture.reading is None:
         if isinstance(metric, OutputMetric):
+            name = architecture.source.id
             raise UsageError(
-                f"{metric.name} scores models that only read; {named} is a language model.",
+                f"{metric.name} scores models that only read; {name} is a language model.",
                 hint="Use --metric kl.",
             )
         return checked
@@ -131,20 +132,17 @@ def _with_fitting_metric(
         request = replace(request, metric=metric.name)
     if isinstance(metric, LogitMetric | ModelMetric):
         raise UsageError(
-            f"{metric.name} needs a language head, and {named} only reads.",
+            needs_language_head(metric.name, architecture),
             hint=f"Leave out --metric, which is then {DEFAULT_READER_METRIC}.",
         )
-    for option, value in (
-        ("--max-perplexity-ratio", request.max_perplexity_ratio),
-        ("--target-memory", request.target_memory),
-        ("--unit experts", request.unit == "experts"),
-        ("--sample-tokens", request.sample_tokens),
-    ):
-        if value:
-            raise UsageError(
-                f"{option} needs a language head, and {named} only reads.",
-                hint="Use --remove, --ratio or --target-params.",
-            )
+    refused = given(request, "max_perplexity_ratio target_memory unit=*")
+    if request.sample_tokens:
+        refused += given(request, "sample_tokens")
+    if refused:
+        raise UsageError(
+            needs_language_head(refused[0], architecture),
+            hint="Use --remove, --ratio or --target-params.",
+        )
     return replace(checked, request=request, metric=metric)
 
 

@@ -21,6 +21,7 @@ from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.padded import PaddedTexts
 from sleb_cli.engine.model.reading import Module, pooling_modes
 from sleb_plugins import LogitMetric, Metric, ModelError, OutputMetric
+from sleb_plugins.metrics.kl import compare_logits
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 from sleb_plugins.metrics.output import OutputDistance
 
@@ -70,8 +71,9 @@ class Ending(ABC):
     def both_ways(
         self, model: SkippableModel, tokens: Any, hidden: Tensor, block: int
     ) -> tuple[Tensor, Tensor]:
-        """Return what should be equal: the result without a block, from these hidden states and
-        from a pass of the whole model.
+        """Return the result without a block in two ways, which should be equal.
+
+        The first is from these hidden states, the second from a pass of the whole model.
         """
 
 
@@ -126,7 +128,7 @@ class Reader(Ending):
 
     @abstractmethod
     def distance(self, outputs: Tensor, dense: Tensor) -> Tensor:
-        """Return how far the numbers of each text are from the dense model's, [texts]."""
+        """Return the distance of each text's numbers from the dense model's, [texts]."""
 
     def of_states(self, model: SkippableModel, tokens: PaddedTexts, hidden: Tensor) -> Tensor:
         """Return the numbers, float32 [texts, width]."""
@@ -192,8 +194,7 @@ class Classes(Reader):
 
     def distance(self, outputs: Tensor, dense: Tensor) -> Tensor:
         """Return the divergence."""
-        log_p = dense.log_softmax(-1)
-        return (log_p.exp() * (log_p - outputs.log_softmax(-1))).sum(-1)
+        return compare_logits(dense, outputs).divergence
 
 
 class Scores(Classes):

@@ -11,13 +11,13 @@ from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.model.padded import Tokens
 from sleb_plugins import UnsupportedModelError
 
-# How many candidates, sequences of each are compared before a search.
+# How many candidates and sequences are compared before a search.
 CHECKED_CANDIDATES = 4
 CHECKED_SEQUENCES = 2
 
 
 def why_not_fork(skippable: SkippableModel, ids: Tokens) -> str | None:
-    """Compare a few of the fork's logits with whole passes'; return a clause on a fault."""
+    """Compare a few of the fork's results with whole passes'; return a clause on a fault."""
     count = len(skippable.switches)
     if not skippable.weights.resident:
         blocks = [count // 2]  # each whole pass reads all weights

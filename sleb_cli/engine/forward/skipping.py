@@ -199,12 +199,12 @@ class SkippableModel:
         return self._logits(ids, last=last)
 
     def outputs(self, ids: Tokens, removed: Collection[int]) -> Any:
-        """Return what transformers' model returns without the removed blocks."""
+        """Return the output of transformers' model without the removed blocks."""
         self.skip(removed)
         return self._forward(ids)
 
     def outputs_of(self, hidden: Tensor, ids: Tokens) -> Any:
-        """Return what the model returns for hidden states that leave the last block."""
+        """Return the model's output for hidden states that leave the last block."""
         # The model itself runs, for its final norm, its head, and the family's own steps.
         self.skip(range(len(self.switches)))
         self.switches[-1].inject = hidden
@@ -313,16 +313,18 @@ class SkippableModel:
     def _logits(self, ids: Tensor, *, last: int = 0) -> Tensor:
         return _require_values(self._forward(ids, last=last).logits, "the model")
 
+    def _accepts(self, option: str) -> bool:
+        return option in inspect.signature(self.model.forward).parameters
+
     def _forward(self, ids: Tokens, *, last: int = 0) -> Any:
-        accepted = inspect.signature(self.model.forward).parameters
         options: dict[str, Any] = {}
-        if last and "logits_to_keep" in accepted:
+        if last and self._accepts("logits_to_keep"):
             options["logits_to_keep"] = last
         if isinstance(ids, Tensor):
             options |= {"input_ids": ids, "use_cache": False}
         else:
             options |= ids.inputs()
-            if "use_cache" in accepted:
+            if self._accepts("use_cache"):
                 options["use_cache"] = False
         skipped = [index for index, switch in enumerate(self.switches) if switch.skip]
         without = f"without blocks {skipped}" if skipped else ""

@@ -289,7 +289,7 @@ class _Models:
             self.folder, list(TEXTS), self.placement, trust_remote_code=trust
         )
         distance = relative_difference(vectors.to(expected.device), expected)
-        allowed = stock_vectors.TOLERANCES.get(self.placement.dtype, stock_vectors.TOLERANCE)
+        allowed = TOLERANCES.get(self.placement.dtype, stock_vectors.TOLERANCE)
         if distance <= allowed:
             return _Comparison(difference, vectors_difference=distance)
         fault = f"in sentence-transformers its vectors differ by {distance:.2g} of the largest"

@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sleb_cli.engine.output.proof_of_files import proof_error
 from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.third_party import translate_errors
 
-TOLERANCES = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 TOLERANCE = 1e-5
 """The allowed difference of vectors in a wider data type: its pooling adds in another order."""
 

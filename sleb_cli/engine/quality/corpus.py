@@ -120,7 +120,7 @@ def tokenize_corpus(
 def _shape(
     architecture: Architecture, length: int, prompt: str | None, usual: Sequence[str] = ()
 ) -> TextShape:
-    """Return how texts become sequences: with this prompt, or else a usual one that there is."""
+    """Choose how texts become sequences: with this prompt, or else a usual one that there is."""
     reading = architecture.reading
     assert reading is not None
     for name in usual:

@@ -144,7 +144,7 @@ class Heal(Stage):
         return _first_trained(job, pruned, values)
 
     def trained(self, job: Job, weights: Sequence[nn.Parameter]) -> FlatWeights:
-        """Return what moves these weights."""
+        """Make the numbers that move these weights."""
         # The student shares memory with the dense model where nothing was fitted: that stays, and
         # the weights move out.
         originals = [weight.data for weight in weights]
@@ -181,7 +181,7 @@ class HealReader(Heal):
         return 0
 
     def trained(self, job: Job, weights: Sequence[nn.Parameter]) -> FlatWeights:
-        """Return what moves these weights."""
+        """Make the numbers that move these weights."""
         return WholeWeights(weights)
 
     def texts(self, job: Job, pruned: SkippableModel, first: int) -> TransferSet:

@@ -22,9 +22,9 @@ from sleb_cli.engine.text.passages import sort_in_runs
 from sleb_cli.events import Notify, ignore, task
 
 BATCH_TEXTS = 16
-"""A step's. In the same time, 32 texts come a little less near, as they take half as many steps."""
+"""In a step. In the same time, 32 come a little less near, as they take half as many steps."""
 READ_TEXTS = 32
-"""As many are read at once."""
+"""How many texts are read at once."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class OutputComparison:
 def read_all(
     variant: Variant, texts: PaddedTexts, notify: Notify = ignore, what: str = ""
 ) -> Tensor:
-    """Return what a model puts out for texts, [texts, width]."""
+    """Run a model on texts; return its outputs, [texts, width]."""
     order = texts.mask.sum(1).argsort(stable=True)
     outputs = []
     with task(notify, what, len(texts)) as advance:
@@ -130,7 +130,7 @@ def read_all(
 
 
 def read(variant: Variant, texts: PaddedTexts) -> Tensor:
-    """Return what a model puts out for texts, with matrices in bfloat16 where that is faster."""
+    """Run a model on a batch of texts, with matrices in bfloat16 where that is faster."""
     skippable = variant.skippable
     with _mixed_precision(skippable.device), skippable.replaced(variant.parameters):
         return _ending(skippable).of_model(skippable, texts, variant.removed).float()

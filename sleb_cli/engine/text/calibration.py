@@ -194,10 +194,11 @@ def _interleave_sources(draft: _Draft, tokenizer: Any) -> Calibration:
             rows.append(draft.rows[source])
             counts.append(len(rows[-1][0]))
             origins += [source] * counts[-1]
+    joined = join_sequences(rows)
     order = interleave(counts)
     if settings.shape:
-        order = sort_in_runs(join_sequences(rows)[0], settings.seed)
-    sequences, loss_mask = take_sequences(join_sequences(rows), order)
+        order = sort_in_runs(joined[0], settings.seed)
+    sequences, loss_mask = take_sequences(joined, order)
     record = CalibrationRecord(
         source=settings.source,
         seed=settings.seed,

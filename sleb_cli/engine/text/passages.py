@@ -41,7 +41,7 @@ class TextShape:
 
 
 def shape_of(architecture: Architecture, length: int, prompt: str | None) -> TextShape | None:
-    """Return how texts become sequences of a model that reads; None of a language model.
+    """Choose how texts become sequences of a model that reads; None of a language model.
 
     Raises:
         UsageError: the model has no prompt of this name.
@@ -68,7 +68,7 @@ def shape_of(architecture: Architecture, length: int, prompt: str | None) -> Tex
 def items_of(text: Text) -> list[Item]:
     """Return the texts of a file whose lines are texts or pairs; else passages of running text."""
     if not text.rows:
-        return list(passages(text.content))
+        return list[Item](passages(text.content))
     items: list[Item] = []
     for row in text.rows:
         if row.query is None:
