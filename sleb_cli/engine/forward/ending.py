@@ -19,7 +19,7 @@ from sleb_cli.engine.files.weights import find_weights
 from sleb_cli.engine.forward.logits import Logits, Predictions, score_logits
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.padded import PaddedTexts
-from sleb_cli.engine.model.reading import Module, pooling_modes
+from sleb_cli.engine.model.reading import Module
 from sleb_plugins import LogitMetric, Metric, ModelError, OutputMetric
 from sleb_plugins.metrics.kl import compare_logits
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
@@ -213,7 +213,7 @@ class Pooling(nn.Module):
     The modes are sentence-transformers'; the vectors of several are joined.
     """
 
-    def __init__(self, modes: list[str]) -> None:
+    def __init__(self, modes: Sequence[str]) -> None:
         super().__init__()
         self.modes = modes
 
@@ -257,18 +257,16 @@ def ending_of(architecture: Architecture, device: torch.device) -> Ending:
     if reading is None:
         return LanguageHead()
     if reading.output == "vectors":
-        pooling, *others = reading.modules
-        modes = pooling_modes(pooling, architecture.source)
-        return Vectors(Pooling(modes), _behind(others).to(device))
+        return Vectors(Pooling(reading.pooling), _behind(reading.behind).to(device))
     if reading.output == "scores":
         return Scores()
     return Classes()
 
 
-def _behind(others: Sequence[Module]) -> nn.Sequential:
+def _behind(listed: Sequence[Module]) -> nn.Sequential:
     """Return the modules behind the pooling, with their weights."""
     modules: list[nn.Module] = []
-    for module in others:
+    for module in listed:
         if module.kind == "Normalize":
             modules.append(Normalize())
         elif module.kind == "Dense":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_MAPPING
 
-from sleb_cli.engine.files.config_files import read_json, read_json_list
+from sleb_cli.engine.files.config_files import read_json
 from sleb_cli.engine.model.source import MODULES, ModelSource
 from sleb_cli.events import Notice, Notify
 from sleb_cli.records import OutputKind
@@ -35,7 +36,7 @@ SAVE_AGAIN = "Load it with a recent sentence-transformers, save it, and name the
 
 @dataclass(frozen=True)
 class Module:
-    """A module behind the transformer: its class, its settings, and the folder of its weights."""
+    """A module of an embedding model: its class, its settings, and the folder of its weights."""
 
     kind: str
     settings: Mapping[str, Any]
@@ -48,7 +49,8 @@ class Reading:
 
     Attributes:
         output: a vector, a score (of how well two texts match, as a rule), or classes.
-        modules: what the hidden states of a text go through, for a vector.
+        pooling: how a vector is made of the hidden states; the vectors of several modes are joined.
+        behind: the modules that the vector goes through.
         longest: texts are cut to this many tokens; None for as many as the model has positions.
         lower_case: whether texts are written in lower case first.
         prompts: texts to begin with, by name.
@@ -56,7 +58,8 @@ class Reading:
     """
 
     output: OutputKind
-    modules: tuple[Module, ...] = ()
+    pooling: tuple[str, ...] = ()
+    behind: tuple[Module, ...] = ()
     longest: int | None = None
     lower_case: bool = False
     prompts: Mapping[str, str] = field(default_factory=dict)
@@ -69,7 +72,7 @@ def find_reading(source: ModelSource, config: Any, notify: Notify) -> Reading | 
     Raises:
         UnsupportedModelError: it has a module that sleb does not know.
     """
-    if (source.folder / MODULES).is_file():
+    if source.modules:
         return _read_modules(source)
     heads = config.architectures or []
     if any(name.endswith("ForSequenceClassification") for name in heads):
@@ -87,44 +90,37 @@ def find_reading(source: ModelSource, config: Any, notify: Notify) -> Reading | 
             "hidden states, as sentence-transformers does."
         )
     )
-    pooling = Module("Pooling", {"pooling_mode": "mean"}, source.folder)
-    return Reading("vectors", (pooling,))
+    return Reading("vectors", ("mean",))
 
 
 def _read_modules(source: ModelSource) -> Reading:
-    first, *others = read_json_list(source.folder / MODULES)
-    if _class_of(first) != "Transformer":
-        raise _unknown(source, _class_of(first))
-    if first["path"]:
-        raise UnsupportedModelError(
-            f"{source.id} keeps its transformer in {first['path']}, not beside {MODULES}.",
-            hint=SAVE_AGAIN,
-        )
-    modules: list[Module] = []
-    for entry in others:
-        kind = _class_of(entry)
-        expected = BEHIND if modules else ("Pooling",)
-        if kind not in expected:
-            raise _unknown(source, kind)
-        folder = source.folder / entry["path"]
+    modules = []
+    for kind, path in source.modules:
+        folder = source.folder / path
         modules.append(Module(kind, _settings_of(folder / "config.json"), folder))
+    expected = chain([("Transformer",), ("Pooling",)], repeat(BEHIND))
+    for module, kinds in zip(modules, expected, strict=False):
+        if module.kind not in kinds:
+            raise _unknown(source, module.kind)
+    if len(modules) < 2:
+        raise _unknown(source, "Transformer and none behind it")
+    transformer, pooling, *behind = modules
+    if transformer.folder != source.folder:
+        name = transformer.folder.relative_to(source.folder)
+        raise UnsupportedModelError(
+            f"{source.id} keeps its transformer in {name}, not beside {MODULES}.", hint=SAVE_AGAIN
+        )
     settings = _settings_of(source.folder / "sentence_bert_config.json")
     whole = _settings_of(source.folder / "config_sentence_transformers.json")
-    if not modules:
-        raise _unknown(source, "Transformer and none behind it")
-    pooling_modes(modules[0], source)
     return Reading(
         "vectors",
-        tuple(modules),
+        _pooling_modes(pooling, source),
+        tuple(behind),
         longest=settings.get("max_seq_length"),
         lower_case=bool(settings.get("do_lower_case")),
         prompts={name: text or "" for name, text in (whole.get("prompts") or {}).items()},
         prompt=whole.get("default_prompt_name"),
     )
-
-
-def _class_of(entry: Mapping[str, Any]) -> str:
-    return str(entry["type"]).rpartition(".")[2]
 
 
 def _settings_of(file: Path) -> Mapping[str, Any]:
@@ -138,12 +134,7 @@ def _unknown(source: ModelSource, kind: str) -> UnsupportedModelError:
     )
 
 
-def pooling_modes(module: Module, source: ModelSource) -> list[str]:
-    """Return the modes of a pooling module, whose results are joined.
-
-    Raises:
-        UnsupportedModelError: sleb does not know one.
-    """
+def _pooling_modes(module: Module, source: ModelSource) -> tuple[str, ...]:
     named = module.settings.get("pooling_mode")
     if named is None:
         named = [mode for key, mode in _OLD_KEYS.items() if module.settings.get(key)]
@@ -153,4 +144,4 @@ def pooling_modes(module: Module, source: ModelSource) -> list[str]:
     for mode in modes:
         if mode not in POOLING_MODES:
             raise _unknown(source, f"Pooling with {mode}")
-    return modes
+    return tuple(modes)

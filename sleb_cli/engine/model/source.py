@@ -106,23 +106,46 @@ class ModelSource:
         parts = (self.fingerprint, str(stamps), str(self.code), hash_files(self.folder, files))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
-    def _module_files(self) -> list[Path]:
-        """Return the settings and weights of the modules of a sentence-transformers model."""
+    @cached_property
+    def modules(self) -> tuple[tuple[str, str], ...]:
+        """The class and the folder of each module of a sentence-transformers model, in order.
+
+        Raises:
+            ModelError: the list of modules is broken, or leads out of the model's folder.
+        """
         listing = self.folder / MODULES
         if not listing.is_file():
+            return ()
+        modules = []
+        for entry in read_json_list(listing):
+            try:
+                kind = str(entry["type"]).rpartition(".")[2]
+                path = str(entry["path"])
+                leads_out = "\0" in path or links_outside(self.folder / path, self.folder)
+            except (TypeError, KeyError):
+                leads_out = True
+            if leads_out:
+                raise ModelError(
+                    f"{listing} does not name the class and the folder of each module.",
+                    hint="Copy or download the model again.",
+                )
+            modules.append((kind, path))
+        return tuple(modules)
+
+    @property
+    def module_paths(self) -> list[str]:
+        """The folders of the modules of a sentence-transformers model, but the transformer's."""
+        return [path for _, path in self.modules if path]
+
+    def _module_files(self) -> list[Path]:
+        """List the settings and weights of the modules of a sentence-transformers model."""
+        if not self.modules:
             return []
-        files = [listing, self.folder / "sentence_bert_config.json"]
-        files.append(self.folder / "config_sentence_transformers.json")
+        names = (MODULES, "sentence_bert_config.json", "config_sentence_transformers.json")
+        files = [self.folder / name for name in names]
         for path in self.module_paths:
             files += (self.folder / path).glob("*")
         return files
-
-    @cached_property
-    def module_paths(self) -> list[str]:
-        """The folders of the modules of a sentence-transformers model, but the transformer's."""
-        listing = self.folder / MODULES
-        modules = read_json_list(listing) if listing.is_file() else []
-        return [module["path"] for module in modules if module["path"]]
 
     def require_own_code(self) -> None:
         """Refuse trusted code of another repository, which cannot be pinned."""
