@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
@@ -245,99 +246,85 @@ def test_what_needs_a_language_head_is_refused(run_sleb, texts, tiny_encoder, op
 
 
 def test_a_file_may_have_too_few_texts(search_reader, tiny_encoder):
-    assert (
-        "has 20 texts, not 999"
-        in search_reader(
-            tiny_encoder,
-            samples=999,
-            code=5,
-        )[0].stderr
-    )
+    result, _ = search_reader(tiny_encoder, samples=999, code=5)
+    assert "has 20 texts, not 999" in result.stderr
 
 
 def test_a_language_model_has_no_output_to_keep(search, tiny_llama):
-    assert (
-        "Use --metric kl"
-        in search(
-            "--remove",
-            1,
-            "--metric",
-            "output",
-            code=2,
-        ).stderr
-    )
-    assert (
-        "--prompt is for"
-        in search(
-            "--remove",
-            1,
-            "--prompt",
-            "query",
-            code=2,
-        ).stderr
-    )
+    refused = search("--remove", 1, "--metric", "output", code=2)
+    assert "Use --metric kl" in refused.stderr
+    refused = search("--remove", 1, "--prompt", "query", code=2)
+    assert "--prompt is for" in refused.stderr
+
+
+MODULES = "modules.json"
+POOLING = "1_Pooling/config.json"
+WHOLE = "config_sentence_transformers.json"
+LENGTH = "sentence_bert_config.json"
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("file", "old", "new", "said"),
     [
-        (lambda folder: (folder / "modules.json").unlink(), "predicts masked tokens"),
+        (MODULES, "[", "[1, ", "does not name the class and the folder of each module"),
+        (MODULES, '"1_Pooling"', '"../other"', "does not name the class and the folder"),
+        (MODULES, '"path": ""', '"path": "1_Pooling"', "keeps its transformer in 1_Pooling"),
+        (MODULES, ".Normalize", ".LSTM", "a module LSTM"),
+        (POOLING, "mean", "middle", "with middle"),
+        (POOLING, '"mean"', "3", "pooling_mode is 3"),
+        (POOLING, "{", '{"include_prompt": false,', "leaves out the prompt"),
+        (WHOLE, '"prompts": {}', '"prompts": [1]', "prompts is [1]"),
+        (WHOLE, '"prompts": {}', '"prompts": {"query": 3}', "query is 3"),
+        (LENGTH, "48", '"48"', "max_seq_length is '48'"),
+        (LENGTH, "48", "-3", "max_seq_length is -3"),
+    ],
+)
+def test_models_that_cannot_be_read_are_refused(run_sleb, texts, tmp_path, file, old, new, said):
+    folder = add_modules(save_reader(tmp_path / "model", word_pieces(prose(200)), bert_config()))
+    edit(folder / file, old, new)
+    require_refusal(run_sleb, folder, texts, said)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"bias": False}, "in_features"),
+        ({"in_features": 32, "out_features": 9, "bias": False}, "size mismatch"),
+        ({"in_features": 32, "out_features": 8}, "bias"),
+        ({"in_features": 30, "out_features": 8, "bias": False}, "mismatch"),
         (
-            lambda folder: edit(
-                folder / "modules.json",
-                '"path": ""',
-                '"path": "0_T"',
-            ),
-            "keeps its",
-        ),
-        (
-            lambda folder: edit(
-                folder / "modules.json",
-                "Normalize",
-                "LSTM",
-            ),
-            "a module LSTM",
-        ),
-        (
-            lambda folder: edit(
-                folder / "1_Pooling/config.json",
-                "mean",
-                "middle",
-            ),
-            "with middle",
-        ),
-        (
-            lambda folder: edit(
-                folder / "1_Pooling/config.json",
-                "{",
-                '{"include_prompt": false,',
-            ),
-            "leaves out the prompt",
+            {
+                "in_features": 32,
+                "out_features": 8,
+                "bias": False,
+                "activation_function": "os.system",
+            },
+            "torch does not have: system",
         ),
     ],
 )
-def test_models_that_cannot_be_read_are_refused(run_sleb, texts, tmp_path, change, said):
-    folder = add_modules(
-        save_reader(
-            tmp_path / "model",
-            word_pieces(prose(200)),
-            bert_config(),
-        )
-    )
+def test_a_dense_module_that_does_not_fit_is_refused(run_sleb, texts, tmp_path, settings, said):
+    folder = save_reader(tmp_path / "model", word_pieces(prose(200)), bert_config())
+    add_modules(folder, modules=("Transformer", "Pooling", "Dense"))
+    (folder / "2_Dense/config.json").write_text(json.dumps(settings))
+    save_file({"linear.weight": torch.zeros(8, 32)}, folder / "2_Dense/model.safetensors")
+    require_refusal(run_sleb, folder, texts, said)
+
+
+def test_a_head_for_masked_tokens_is_refused(run_sleb, texts, tmp_path):
+    folder = save_reader(tmp_path / "model", word_pieces(prose(200)), bert_config())
     edit(folder / "config.json", "BertModel", "BertForMaskedLM")
-    change(folder)
-    result = run_sleb(
-        "search",
-        folder,
-        "--remove",
-        1,
-        "--calibration",
-        texts,
-        *NO_SAMPLE,
-    )
+    require_refusal(run_sleb, folder, texts, "predicts masked tokens")
+
+
+def require_refusal(run_sleb, folder, texts, said):
+    words = ["search", folder, "--remove", 1, "--calibration", texts, *NO_SAMPLE]
+    result = run_sleb(*words)
     assert result.exit_code == 4, result.stderr
     assert said in " ".join(result.stderr.split())
 
 
 def edit(path, old, new):
-    path.write_text(path.read_text().replace(old, new))
+    before = path.read_text()
+    assert old in before
+    path.write_text(before.replace(old, new, 1))

@@ -20,6 +20,7 @@ from sleb_cli.engine.forward.logits import Logits, Predictions, score_logits
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.padded import PaddedTexts
 from sleb_cli.engine.model.reading import Module
+from sleb_cli.engine.third_party import error_saying, translate_errors
 from sleb_plugins import LogitMetric, Metric, ModelError, OutputMetric
 from sleb_plugins.metrics.kl import compare_logits
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
@@ -257,23 +258,39 @@ def ending_of(architecture: Architecture, device: torch.device) -> Ending:
     if reading is None:
         return LanguageHead()
     if reading.output == "vectors":
-        return Vectors(Pooling(reading.pooling), _behind(reading.behind).to(device))
+        width = len(reading.pooling) * architecture.text_config.hidden_size
+        return Vectors(Pooling(reading.pooling), _behind(reading.behind, width).to(device))
     if reading.output == "scores":
         return Scores()
     return Classes()
 
 
-def _behind(listed: Sequence[Module]) -> nn.Sequential:
-    """Return the modules behind the pooling, with their weights."""
-    modules: list[nn.Module] = []
+def _behind(listed: Sequence[Module], width: int) -> nn.Sequential:
+    """Return the modules behind the pooling, whose vectors have this width, with their weights.
+
+    Raises:
+        ModelError: a module does not fit its settings, or the vectors.
+    """
+    behind = nn.Sequential()
+    vector = torch.zeros(1, width)
     for module in listed:
-        if module.kind == "Normalize":
-            modules.append(Normalize())
-        elif module.kind == "Dense":
-            modules += [_load(_dense(module), module), _activation(module)]
-        elif module.kind == "LayerNorm":
-            modules.append(_load(nn.LayerNorm(module.settings["dimension"]), module))
-    return nn.Sequential(*modules).requires_grad_(False).eval()
+        what = f"The module in {module.folder} does not fit the model"
+        fault = error_saying(ModelError, what, "Copy or download the model again.")
+        with translate_errors(fault):
+            loaded = _load_module(module)
+            vector = loaded(vector)
+        behind.append(loaded)
+    return behind.requires_grad_(False).eval()
+
+
+def _load_module(module: Module) -> nn.Module:
+    if module.kind == "Dense":
+        return nn.Sequential(_load(_dense(module), module), _activation(module))
+    if module.kind == "LayerNorm":
+        return _load(nn.LayerNorm(module.settings["dimension"]), module)
+    if module.kind == "Normalize":
+        return Normalize()
+    return nn.Identity()  # dropout, which does nothing after training
 
 
 def _dense(module: Module) -> nn.Module:

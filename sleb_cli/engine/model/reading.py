@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_MAPPING
 
@@ -14,7 +14,9 @@ from sleb_cli.engine.files.config_files import read_json
 from sleb_cli.engine.model.source import MODULES, ModelSource
 from sleb_cli.events import Notice, Notify
 from sleb_cli.records import OutputKind
-from sleb_plugins import UnsupportedModelError
+from sleb_plugins import ModelError, UnsupportedModelError
+
+T = TypeVar("T")
 
 POOLING_MODES = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
@@ -112,14 +114,37 @@ def _read_modules(source: ModelSource) -> Reading:
         )
     settings = _settings_of(source.folder / "sentence_bert_config.json")
     whole = _settings_of(source.folder / "config_sentence_transformers.json")
+    longest = _value(settings, "max_seq_length", int, source)
+    if longest is not None and longest < 1:
+        raise _broken(source, "max_seq_length", longest)
+    prompts = {}
+    named = _value(whole, "prompts", dict, source) or {}
+    for name in named:
+        prompts[name] = _value(named, name, str, source) or ""
     return Reading(
         "vectors",
         _pooling_modes(pooling, source),
         tuple(behind),
-        longest=settings.get("max_seq_length"),
+        longest=longest,
         lower_case=bool(settings.get("do_lower_case")),
-        prompts={name: text or "" for name, text in (whole.get("prompts") or {}).items()},
-        prompt=whole.get("default_prompt_name"),
+        prompts=prompts,
+        prompt=_value(whole, "default_prompt_name", str, source),
+    )
+
+
+def _value(settings: Mapping[str, Any], key: str, kind: type[T], source: ModelSource) -> T | None:
+    """Return a setting of sentence-transformers, which may be absent, but is of one type."""
+    value = settings.get(key)
+    if value is not None and not isinstance(value, kind):
+        raise _broken(source, key, value)
+    return value
+
+
+def _broken(source: ModelSource, key: str, value: object) -> ModelError:
+    return ModelError(
+        f"{source.id} has a setting of sentence-transformers that makes no sense: {key} is "
+        f"{value!r}.",
+        hint="Copy or download the model again.",
     )
 
 
@@ -138,7 +163,9 @@ def _pooling_modes(module: Module, source: ModelSource) -> tuple[str, ...]:
     named = module.settings.get("pooling_mode")
     if named is None:
         named = [mode for key, mode in _OLD_KEYS.items() if module.settings.get(key)]
-    modes = [named] if isinstance(named, str) else list(named or ["mean"])
+    modes = [named] if isinstance(named, str) else named or ["mean"]
+    if not isinstance(modes, list):
+        raise _broken(source, "pooling_mode", modes)
     if module.settings.get("include_prompt") is False:
         raise _unknown(source, "Pooling that leaves out the prompt")
     for mode in modes:
