@@ -30,7 +30,7 @@ from sleb_cli.requests import (
     ExportRequest,
     option_of,
 )
-from sleb_cli.texts.corpus import require_corpus
+from sleb_cli.texts.corpus_files import require_corpus
 from sleb_cli.units import dtype_in_full, parse_bytes
 from sleb_plugins import DataError, Engine, Exporter, OutputError, UsageError
 from sleb_plugins.errors import did_you_mean

@@ -46,7 +46,7 @@ from sleb_cli.names import local_path
 from sleb_cli.plan import CHECKPOINT_PLAN, CalibrationRecord, read_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import AUTO, DEFAULT_TEXT, EvalRequest
-from sleb_cli.texts.corpus import Corpus, read_folder, read_lines
+from sleb_cli.texts.corpus_files import Corpus, read_folder, read_lines
 from sleb_cli.texts.local_file import read_file
 from sleb_cli.texts.named import text_source
 from sleb_cli.units import in_shell

@@ -28,7 +28,7 @@ from sleb_cli.keys import name_of
 from sleb_cli.names import local_path
 from sleb_cli.order import SizeKey
 from sleb_cli.results import CorpusResult, TaskScores
-from sleb_cli.texts.corpus import Corpus
+from sleb_cli.texts.corpus_files import Corpus
 from sleb_cli.texts.messages import Label
 from sleb_cli.units import plural
 from sleb_plugins import DataError, ModelError
