@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sleb_cli.engine.recovery import low_rank
-from sleb_cli.engine.recovery.flat_weights import BETAS, CLIP
+from sleb_cli.engine.recovery.flat_weights import BETAS, CLIP, WholeWeights
 from sleb_cli.engine.recovery.low_rank import LowRank, rank_of
 
 SHAPES = [(24, 16), (3, 10, 12)]
@@ -90,13 +90,12 @@ def test_steps_are_those_of_lora_under_adamw(monkeypatch):
         for c, value, (down, up) in zip(scales, start, pairs, strict=True):
             changed.append(c * up @ down + value)
         backward(changed, inputs, 2 * scale)
-        gradient = trained.take_gradient()
         plain = torch.cat([leaf.grad.flatten() for leaf in leaves])
-        torch.testing.assert_close(gradient, plain, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(trained.gradient, plain, rtol=1e-4, atol=1e-4)
         torch.nn.utils.clip_grad_norm_(leaves, CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        trained.step(gradient, 0.01)
+        assert trained.step(0.01)
         plain = torch.cat([leaf.flatten() for leaf in leaves])
         torch.testing.assert_close(
             trained.values.data,
@@ -118,7 +117,20 @@ def test_steps_are_those_of_lora_under_adamw(monkeypatch):
             atol=1e-3,
         )
         assert not torch.allclose(weight, value, atol=0.01)
-    assert not trained.take_gradient().any()
+    assert not trained.gradient.any()
+
+
+@pytest.mark.parametrize("fault", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_moves_nothing(fault):
+    weight = nn.Parameter(torch.ones(4, 4))
+    trained = WholeWeights([weight])
+    weight.grad[1, 2] = fault
+    assert not trained.step(0.1)
+    assert not weight.grad.any()
+    weight.grad[0] = 3.0
+    assert trained.step(0.1)
+    assert torch.equal(weight[1:], torch.ones(3, 4))
+    assert (weight[0] < 1).all()
 
 
 def test_steps_too_small_for_bfloat16_add_up():
@@ -129,9 +141,8 @@ def test_steps_too_small_for_bfloat16_add_up():
         0.25 * low_rank.REFERENCE_SIZE * low_rank.INITIAL * math.sqrt(8)
     )  # times the scale: 0.25
     for _ in range(100):
-        gradient = torch.zeros_like(trained.values)
-        gradient[32:] = 1.0
-        trained.step(gradient, 1e-4)
+        trained.gradient[32:] = 1.0
+        trained.step(1e-4)
     # B goes down by 100 steps of 1e-4, and with four times 0.25 so does the weight.
     torch.testing.assert_close(
         weight.float(),

@@ -14,11 +14,16 @@ CLIP = 1.0
 
 
 class FlatWeights:
-    """Trained numbers in float32; one flat tensor, so that a fused step is one pass over memory."""
+    """Trained numbers in float32; one flat tensor, so that a fused step is one pass over memory.
+
+    Attributes:
+        gradient: the sum of the gradients since the last step, in the order of `values`.
+    """
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.values = nn.Parameter(torch.zeros(size, device=device))
-        self._gradient = torch.zeros_like(self.values)
+        self.gradient = torch.zeros_like(self.values)
+        self.values.grad = self.gradient
         self._adam = torch.optim.AdamW([self.values], betas=BETAS, weight_decay=0.0, fused=True)
         # As its first step makes it, but at once, so that a saved state has the same tensors at any
         # time.
@@ -33,23 +38,25 @@ class FlatWeights:
         """Return the next part of the flat values and of their gradient in this shape."""
         span = slice(self._taken, self._taken + math.prod(shape))
         self._taken = span.stop
-        return self.values.data[span].view(shape), self._gradient[span].view(shape)
-
-    def take_gradient(self) -> Tensor:
-        """Return the sum of the gradients since the last call, float32 in the order of `values`."""
-        gradient = self._gradient.clone()
-        self._gradient.zero_()
-        return gradient
+        return self.values.data[span].view(shape), self.gradient[span].view(shape)
 
     @torch.no_grad()
-    def step(self, gradient: Tensor, rate: float) -> None:
-        """Take a step of AdamW without decay (Loshchilov and Hutter, 2019)."""
-        norm = float(gradient.norm())
-        self.values.grad = gradient * min(1.0, CLIP / (norm + 1e-6))
-        self._adam.param_groups[0]["lr"] = rate
-        self._adam.step()
-        self.values.grad = None
-        self.write_weights()
+    def step(self, rate: float) -> bool:
+        """Take a step of AdamW without decay (Loshchilov and Hutter, 2019), and zero the gradient.
+
+        Returns:
+            False if the gradient was not finite, so that no step was taken.
+        """
+        norm = float(self.gradient.norm())
+        is_finite = math.isfinite(norm)
+        if is_finite:
+            if norm > CLIP:
+                self.gradient.mul_(CLIP / norm)
+            self._adam.param_groups[0]["lr"] = rate
+            self._adam.step()
+            self.write_weights()
+        self.gradient.zero_()
+        return is_finite
 
     @property
     def state(self) -> dict[str, Tensor]:

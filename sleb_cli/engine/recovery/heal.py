@@ -34,9 +34,9 @@ model's inputs.
 """
 SHARING_TOLERANCE = 1e-2
 
-TRAINING_BYTES = 32
-"""Bytes per trained number, besides the models, in float32: its value, best value and two moments,
-and in a step three of its gradient and what AdamW computes.
+TRAINING_BYTES = 20
+"""Bytes per trained number, besides the models, in float32: its value, best value, gradient and two
+moments.
 """
 SAVED_BYTES = 16
 """Bytes saved per trained number: its value, best value and two moments."""

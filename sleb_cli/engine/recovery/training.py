@@ -150,10 +150,7 @@ class Training:
         loss = in_smaller_pieces(
             add, self.micro_batch, self.job.dense.device, self.job.notify, "healing {} sequences"
         )
-        gradient = self.weights.take_gradient()
-        if gradient.isfinite().all():
-            self.weights.step(gradient, rate)
-        elif not self.has_skipped:
+        if not self.weights.step(rate) and not self.has_skipped:
             self.has_skipped = True
             self.job.notify(
                 Notice(
@@ -169,7 +166,7 @@ class Training:
         """Add the gradient of the mean divergence, `size` sequences at once; return the mean."""
         if size < self.micro_batch:
             self.micro_batch = size
-            self.weights.take_gradient()  # drops gradients of pieces before memory ran out
+            self.weights.gradient.zero_()  # drops those of pieces before memory ran out
         total = 0.0
         for piece in batch.split(size):
             share = piece.targets / batch.targets
