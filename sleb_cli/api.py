@@ -116,10 +116,10 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
             to the plan or `request.output`, and a repeated request continues from there.
     """
     from sleb_cli.checks.verbs import check_evaluation
-    from sleb_cli.engine.door.files import locate
+    from sleb_cli.engine.door.files import locate_pair
     from sleb_cli.saved_results import delete_results
 
-    with _prepared(check_evaluation, locate, request, notify) as ready:
+    with _prepared(check_evaluation, locate_pair, request, notify) as ready:
         from sleb_cli.engine.door.evaluate import resolve_evaluation
         from sleb_cli.engine.quality.evaluation import evaluate_models
 

@@ -17,6 +17,9 @@ For blocks: the removed ones. For experts: (0, 1, ..., n-1), where n experts of 
 its length counts.
 """
 
+OTHER: SizeKey = (0,)
+"""The key of another model, which is compared with the dense one."""
+
 BLOCKS = "blocks"
 PER_TOKEN = "experts per token"
 

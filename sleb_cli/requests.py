@@ -623,6 +623,11 @@ class ApplyRequest(OneSizeRequest):
 class EvalRequest(SizesRequest):
     """What to measure of a model's quality."""
 
+    against: str | None = option(
+        "Compare with this model, from which MODEL was made: a folder, Hub id or GGUF file.",
+        _QUALITY,
+        metavar="MODEL",
+    )
     experts_per_token: int | None = _experts_per_token()
     perplexity: tuple[str, ...] = _list(
         "Measure perplexity on these texts: wikitext2, c4, files, "

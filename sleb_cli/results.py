@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import AliasChoices, Field
 
 from sleb_cli.keys import Key, key_of
-from sleb_cli.names import public_command, public_source
+from sleb_cli.names import public_command, public_source, without_folders
 from sleb_cli.order import BLOCKS, PER_TOKEN, Order, SizeKey
 from sleb_cli.plan import RecoveryRecord
 from sleb_cli.records import Check, ModelRecord, Perplexity, Proof, Public, Record, VersionedRecord
@@ -440,21 +440,77 @@ def main_metric(results: list[TaskResult]) -> TaskResult:
     return min(results, key=lambda result: (order.index(result.metric), -len(result.doc_ids)))
 
 
+class BytesResult(Record):
+    """One text on two models whose tokenizers differ: the bits of each byte, which is the loss of
+    what is predicted, over its bytes.
+
+    Pairs are of the dense model and the other one. `clusters` counts the observations behind the
+    standard error, which are documents, or stretches of `stretch` characters.
+    """
+
+    text: Annotated[str, Public(public_source)]
+    sequence_length: int
+    tokens: tuple[int, int]
+    bytes: int
+    clusters: int
+    stretch: int | None
+    bits: tuple[float, float]
+    difference: float
+    standard_error: float | None
+    interval: Interval | None
+
+
+class StageRecord(Record):
+    """How far a stage of the other model is from the dense one's, on the same hidden states.
+
+    `difference` is relative to what the dense stage adds to them, or puts out. A stage is
+    "embeddings", "block 3" or "head".
+    """
+
+    stage: str
+    difference: float
+    stands_out: bool
+
+
+class ComparedRecord(Record):
+    """The other model of a comparison, and what is known of the pair; pairs are of the dense model
+    and the other one.
+
+    `shared_tokens` is null if the tokenizers differ, and then `bytes` has the texts. `stages` is
+    empty if the blocks are not the same in number and width.
+    """
+
+    model: ModelRecord
+    files_bytes: tuple[int, int]
+    tokens: tuple[int, int]
+    shared_tokens: int | None
+    same_chat_template: bool
+    bytes: tuple[BytesResult, ...] = ()
+    stages: tuple[StageRecord, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The other model's name in tables."""
+        return without_folders(self.model.id).rpartition("/")[2]
+
+
 class EvalResult(ResultRecord):
     """The quality of the dense model and of each size of the pruned one, `sizes`: the removed
     blocks, fewest first.
 
     `behavior` is a hash over all of the model's files that decide a number: weights, config,
-    trusted code, tokenizer and generation settings; `recovered` is the pruned checkpoint's hash, if
-    its weights are not the dense model's. `commands` are those that measured it, one for each run.
+    trusted code, tokenizer and generation settings; `recovered` is that of the model in place of a
+    pruned one, if its weights are not the dense model's. If that is any other model, `compared`
+    names it, and its size is `OTHER`. `commands` are those that measured it, one for each run.
     """
 
-    left_out_if_none = ResultRecord.left_out_if_none | {"corpora"}
+    left_out_if_none = ResultRecord.left_out_if_none | {"corpora", "compared"}
 
     kind: Literal["eval"]
     commands: Annotated[tuple[str, ...], Public(public_command)] = ()
     behavior: str | None = None
     recovered: str | None = None
+    compared: ComparedRecord | None = None
     sizes: tuple[SizeKey, ...]
     texts: tuple[TextResult, ...]
     tasks: tuple[TaskResult, ...]

@@ -135,6 +135,11 @@ CLASHES: tuple[Clash | Need, ...] = (
     Clash("experts_per_token", _RECOVERIES,
           "blocks are fitted to what the dense model computes with all its experts",
           "Recover first, and apply the setting to that checkpoint.", ApplyRequest),
+    Clash("against", "model any_model blocks remove every experts_per_token",
+          "one names the other model, the others say how it is made of this one",
+          "Leave one of them out.", EvalRequest),
+    Clash("against", "device_map", "two models share the devices",
+          "Leave out --device-map: what does not fit is streamed.", EvalRequest),
     Clash("every", "remove", "each names the sizes", "Use --every 2, or --remove 2,4,6."),
     Clash("tasks", "stream", "each batch of requests would read the whole model again",
           "Leave out --stream, or measure --perplexity alone. --device-map auto runs tasks, "

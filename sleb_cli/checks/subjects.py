@@ -11,6 +11,7 @@ from sleb_cli.requests import (
     DEFAULT_PLAN,
     DEMO,
     RECOVERIES,
+    EvalRequest,
     OneSizeRequest,
     SearchRequest,
     SizesRequest,
@@ -38,6 +39,7 @@ class NamedSubject:
         plan: the plan that names them, cut to this number.
         file: the plan's file.
         any_model: whether the model may be another than the plan was made for.
+        other: the model that is compared with this one.
         gguf: the GGUF file that is cut, instead of making a checkpoint of the model.
     """
 
@@ -48,6 +50,7 @@ class NamedSubject:
     plan: Plan | None = None
     file: Path | None = None
     any_model: bool = False
+    other: str | None = None
     gguf: Path | None = None
 
     @property
@@ -99,6 +102,29 @@ def read_subject(
         raise _no_blocks_error(path)
     sizes = _sizes(request, len(removals), None)
     return NamedSubject(request, model, removals, sizes, any_model=request.any_model)
+
+
+def read_pair(request: EvalRequest) -> NamedSubject:
+    """Read the names of two models to compare, the one of `--against` as the dense one.
+
+    Raises:
+        UsageError: one of them is missing, or is a plan.
+    """
+    parent = str(request.against)
+    if request.subject is None:
+        raise UsageError(
+            f"--against {parent} needs the model to compare with it.",
+            hint=f"Name it: sleb eval MODEL --against {parent}.",
+        )
+    other = fspath(request.subject)
+    for name in (other, parent):
+        if is_plan(Path(name)):
+            raise UsageError(
+                f"--against compares two models, but {name} is a plan.",
+                hint=f"Name the checkpoint, or leave out --against: sleb eval {name} compares its "
+                "model with and without blocks.",
+            )
+    return NamedSubject(request, parent, (), other=other)
 
 
 def _require_applicable(request: SubjectRequest, path: Path, plan: Plan) -> None:

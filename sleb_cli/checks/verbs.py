@@ -14,6 +14,7 @@ from sleb_cli.checks.subjects import (
     first_removals,
     is_plan,
     read_named_plan,
+    read_pair,
     read_subject,
 )
 from sleb_cli.checks.text_names import require_evaluation_texts, require_mixture
@@ -117,7 +118,7 @@ def check_evaluation(request: EvalRequest, registry: Registry) -> NamedSubject:
         require_corpus(request.corpus)
     if request.include_path is not None and not request.include_path.is_dir():
         raise DataError(f"There is no folder {request.include_path}.", hint="Check --include-path.")
-    return read_subject(request)
+    return read_pair(request) if request.against else read_subject(request)
 
 
 def parse_batch_size(asked: str | int) -> int | None:

@@ -93,6 +93,26 @@ def clustered_mean(values: Tensor, clusters: Tensor) -> Estimate:
     return _student(mean, math.sqrt(variance) / len(values), count)
 
 
+def ratio_difference(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> Estimate:
+    """Estimate how a ratio of two sums changes, such as of bits to bytes.
+
+    Each pair has the parts of both sums, [n], of which each is one observation; the error is that
+    of the ratios' first-order terms (Cochran, Sampling Techniques, 1977, section 6.4).
+    """
+    ratios = []
+    terms = []
+    for parts, sizes in (before, after):
+        ratio = parts.sum() / sizes.sum()
+        ratios.append(float(ratio))
+        terms.append((parts - ratio * sizes) / sizes.sum())
+    mean = ratios[1] - ratios[0]
+    count = len(before[0])
+    if count < 2:
+        return Estimate(mean, None, None)
+    variance = count / (count - 1) * float((terms[1] - terms[0]).square().sum())
+    return _student(mean, math.sqrt(variance), count)
+
+
 def paired_proportions_interval(lost: int, gained: int, count: int) -> Interval:
     """Return the interval of `(gained - lost) / count`, of two proportions of the same items.
 

@@ -17,6 +17,7 @@ from sleb_cli.results import (
     TextResult,
     main_metric,
 )
+from sleb_cli.tables.comparison import comparison_tables
 from sleb_cli.tables.table import (
     PERPLEXITY,
     Column,
@@ -66,14 +67,18 @@ _MEASURES = {
 
 def evaluation_tables(result: EvalResult, names: Sequence[str]) -> list[Table]:
     """List the scores of each model on each text, of these names, and on each task."""
-    texts = by_model(result.texts, names)
+    other = ""
+    if result.compared:
+        other = "other"
+    texts = by_model(result.texts, names, other)
     return [
         perplexities(texts),
         divergences(texts),
         text_settings(result.texts, names),
-        tasks(by_model(result.tasks, task_names(result.tasks))),
-        verdicts(result.tasks),
-        corpora(result.corpora),
+        tasks(by_model(result.tasks, task_names(result.tasks), other)),
+        verdicts(result.tasks, other),
+        corpora(result.corpora, other),
+        *comparison_tables(result),
     ]
 
 
@@ -243,7 +248,7 @@ def tasks(scored: Iterable[Scored]) -> Table:
     return tabulate("Tasks", columns, rows, notes)
 
 
-def corpora(results: Sequence[CorpusResult]) -> Table:
+def corpora(results: Sequence[CorpusResult], other: str = "") -> Table:
     """List each measure of each corpus on each model."""
     names = []
     notes = []
@@ -254,7 +259,7 @@ def corpora(results: Sequence[CorpusResult]) -> Table:
     for word, note in _MEASURES.items():
         if any(word in name for name in names):
             notes.append(note)
-    table = tasks(by_model(results, names))
+    table = tasks(by_model(results, names, other))
     columns = ["measure", *table.columns[1:]]
     return replace(table, title="Corpora", columns=columns, notes=list(dict.fromkeys(notes)))
 
@@ -329,7 +334,7 @@ def retention(tasks: Sequence[TaskResult], removals: SizeKey) -> Estimate | None
     )
 
 
-def verdicts(tasks: Iterable[TaskResult]) -> Table:
+def verdicts(tasks: Iterable[TaskResult], other: str = "") -> Table:
     """Judge each size by its retention for each kind of use."""
     columns: list[Column] = [
         ("use", str),
@@ -343,7 +348,7 @@ def verdicts(tasks: Iterable[TaskResult]) -> Table:
         for removals in dict.fromkeys(size.removals for task in of_use for size in task.pruned):
             share = retention(of_use, removals)
             if share:
-                rows.append([use, model_name(removals), *share, verdict(*share)])
+                rows.append([use, other or model_name(removals), *share, verdict(*share)])
     notes = [
         "kept: the mean score as a share of the dense model's. When choosing, guessing alone keeps "
         "much of it."

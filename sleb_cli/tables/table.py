@@ -60,15 +60,18 @@ def model_name(removals: Sequence[int], *, alone: bool = False) -> str:
     return f"-{len(removals)}" if removals else "dense"
 
 
-def by_model(results: Iterable[Any], names: Iterable[str]) -> list[Scored]:
-    """Pair the scores in each result with the names of the result and of the model."""
+def by_model(results: Iterable[Any], names: Iterable[str], other: str = "") -> list[Scored]:
+    """Pair the scores in each result with the names of the result and of the model.
+
+    `other` is the name of a model that is compared with the dense one.
+    """
     results = list(results)
     dense = model_name((), alone=not any(result.pruned for result in results))
     scored = []
     for result, name in zip(results, names, strict=True):
         scored.append((name, dense, result.dense))
         for scores in result.pruned:
-            scored.append((name, model_name(scores.removals), scores))
+            scored.append((name, other or model_name(scores.removals), scores))
     return scored
 
 

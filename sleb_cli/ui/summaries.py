@@ -32,17 +32,24 @@ _NOT_VERIFIED = "not verified (--no-verify)"
 
 def show_evaluation(result: EvalResult, output: Path | None) -> None:
     """Show the quality of the dense model and of each size."""
-    from sleb_cli.tables import quality
+    from sleb_cli.tables import comparison, quality
 
     title = short_name(result.model.id)
-    if result.sizes:
+    if result.compared:
+        title = f"{result.compared.name} against {title}"
+    elif result.sizes:
         title += f" {result.order.describe(result.sizes[-1])}"
     print_title(title)
     for table in quality.evaluation_tables(result, quality.text_names(result.texts)):
         show_table(table)
     for task in result.tasks:
         for size in task.pruned:
-            _show_flips(task, size, result.order.describe(size.removals))
+            removed = result.order.describe(size.removals)
+            if result.compared:
+                removed = result.compared.name
+            _show_flips(task, size, removed)
+    for sentence in comparison.conclusions(result):
+        print_line(sentence)
     print_line(f"{result.model.computed_in(result.dtype)} on {result.device}")
     print_written(output)
 

@@ -9,11 +9,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from sleb_cli.canaries import FOLDER
 from sleb_cli.checks.clashes import given
 from sleb_cli.checks.subjects import NamedSubject
 from sleb_cli.checks.verbs import parse_batch_size
-from sleb_cli.engine.device import choose_device, parse_dtype
+from sleb_cli.engine.device import choose_device, dtype_name, parse_dtype
+from sleb_cli.engine.door.compare import compare_texts, describe_other, shared_tokens, with_other
 from sleb_cli.engine.door.named_model import (
     needs_language_head,
     plan_surgeries,
@@ -25,6 +28,7 @@ from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.process_group import ProcessGroup
+from sleb_cli.engine.quality.bits_per_byte import ByteWindows
 from sleb_cli.engine.quality.corpus import CorpusTexts, tokenize_corpus
 from sleb_cli.engine.quality.evaluation import Evaluation
 from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask, find_tasks
@@ -56,7 +60,7 @@ from sleb_plugins import PlanError, UsageError
 def resolve_evaluation(
     request: EvalRequest,
     named: NamedSubject,
-    source: ModelSource,
+    sources: tuple[ModelSource, ModelSource | None],
     registry: Registry,
     notify: Notify,
     group: ProcessGroup,
@@ -64,14 +68,27 @@ def resolve_evaluation(
     """Read the model, texts and tasks; no weight is loaded."""
 
     def resolve() -> Subject:
+        source, other = sources
         subject = resolve_subject(named, source, registry, notify)
+        if other:
+            return with_other(subject, other, registry, notify)
         return with_recovered(subject, registry, notify)
 
     subject = group.main_first(resolve)
-    placement = _place_models(subject, request, notify, group)
-    models = Models(subject, plan_surgeries(subject, named.sizes), placement, group, notify)
     architecture = subject.architecture
     _require_measurable(request, architecture)
+    shared = None
+    compared = None
+    if subject.is_comparison:
+        shared = group.main_first(partial(shared_tokens, subject, request, notify))
+        compared = describe_other(subject, shared)
+    place = partial(_place_models, subject, request, notify, group)
+    surgeries = plan_surgeries(subject, named.sizes)
+    placement = place(tasks=bool(request.tasks) and not subject.is_comparison)
+    models = Models(subject, surgeries, placement, group, notify, shared)
+    task_models = models
+    if request.tasks and placement.stream:  # two models that do not fit together
+        task_models = Models(subject, surgeries, place(tasks=True), group, notify, shared)
     tasks = load_requested(request)
     tokenizer = load_tokenizer(architecture.source)
     names = request.perplexity
@@ -84,8 +101,14 @@ def resolve_evaluation(
     texts = group.main_first(lambda: tuple(map(read, names)))
     for sentence in _notices(texts, subject):
         notify(Notice(sentence))
+    by_bytes: tuple[tuple[ByteWindows, ByteWindows], ...] = ()
+    if subject.is_comparison:
+        texts, by_bytes = compare_texts(texts, models, request)
     return Evaluation(
         models=models,
+        task_models=task_models,
+        compared=compared,
+        by_bytes=by_bytes,
         tokenizer=tokenizer,
         texts=texts,
         tasks=tasks,
@@ -130,33 +153,46 @@ def _read_corpus(request: EvalRequest, tokenizer: Any, architecture: Architectur
 
 
 def _place_models(
-    subject: Subject, request: EvalRequest, notify: Notify, group: ProcessGroup
+    subject: Subject, request: EvalRequest, notify: Notify, group: ProcessGroup, *, tasks: bool
 ) -> Placement:
     architecture = subject.architecture
     device = choose_device(request.device)
     dtype = request.dtype or AUTO
     reserved = 0
-    if subject.recovered:
-        reserved = model_bytes(subject.recovered, parse_dtype(dtype, architecture.dtype))
+    if subject.other:
+        if dtype == AUTO and subject.is_comparison:
+            dtype = _wider_dtype(architecture, subject.other)
+        reserved = model_bytes(subject.other, parse_dtype(dtype, architecture.dtype))
     choose = partial(
         place_model,
         architecture,
         device,
         dtype,
         notify,
-        stream=False if request.tasks else request.stream,
+        stream=False if tasks else request.stream,
         device_map=request.device_map,
         reserved=reserved,
     )
     placement = group.from_main(choose)
-    if subject.recovered and (placement.stream or request.device_map is not None):
+    if (
+        subject.other
+        and not subject.is_comparison
+        and (placement.stream or request.device_map is not None)
+    ):
         raise UsageError(
-            f"The weights of {subject.recovered.source.id} are not the dense model's, so both must "
+            f"The weights of {subject.other.source.id} are not the dense model's, so both must "
             f"fit on one device.",
             hint="Leave out --stream and --device-map, or measure the folder alone: name it "
             "instead of its plan.",
         )
     return replace(placement, device=device)
+
+
+def _wider_dtype(dense: Architecture, other: Architecture) -> str:
+    """Return the data type that holds the weights of both models, or auto if it is the same."""
+    if dense.dtype is None or other.dtype is None or dense.dtype == other.dtype:
+        return AUTO
+    return dtype_name(torch.promote_types(dense.dtype, other.dtype))
 
 
 def load_requested(request: EvalRequest) -> tuple[LoadedTask, ...]:
@@ -211,11 +247,12 @@ def _notices(texts: Sequence[EvaluationWindows], subject: Subject) -> list[str]:
     """Return notices on the choice of model and text, and on texts the pruned model has seen."""
     notices = []
     plan = subject.architecture.source.folder / CHECKPOINT_PLAN
-    if subject.plan is None and not subject.surgery.cuts and plan.is_file():
+    alone = subject.plan is None and not subject.surgery.cuts and not subject.other
+    if alone and plan.is_file():
         command = f"sleb eval {in_shell(str(plan))}"
         notices.append(f"Measured alone: `{command}` compares it with the dense model.")
-    if subject.recovered:
-        name = subject.recovered.source.id
+    if subject.other and not subject.is_comparison:
+        name = subject.other.source.id
         notices.append(f"The pruned model is {name}, with its recovered weights.")
     used = _texts_used(subject)
     for windows in texts:

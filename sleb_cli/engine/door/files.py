@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from sleb_cli.checks.subjects import NamedSubject
 from sleb_cli.engine.model.source import ModelSource, locate_model
 from sleb_cli.events import Notify
+from sleb_plugins import UsageError
 
 if TYPE_CHECKING:
     from sleb_cli.engine.gguf.file import GgufFile
@@ -18,6 +19,24 @@ def locate(named: NamedSubject, notify: Notify) -> ModelSource:
     return locate_model(
         named.model, notify, revision=request.revision, trust_remote_code=request.trust_remote_code
     )
+
+
+def locate_pair(named: NamedSubject, notify: Notify) -> tuple[ModelSource, ModelSource | None]:
+    """Find the named model, and the one that is compared with it, if there is one."""
+    if named.other is None:
+        return locate(named, notify), None
+    request = named.request
+    trusts_code = request.trust_remote_code
+    other = locate_model(
+        named.other, notify, revision=request.revision, trust_remote_code=trusts_code
+    )
+    source = locate_model(named.model, notify, trust_remote_code=trusts_code)
+    if source.folder.samefile(other.folder):
+        raise UsageError(
+            f"{named.other} and {named.model} are the same model.",
+            hint="Name the model that it was made from with --against.",
+        )
+    return source, other
 
 
 def locate_to_cut(named: NamedSubject, notify: Notify) -> ModelSource | GgufFile:

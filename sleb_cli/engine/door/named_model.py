@@ -26,8 +26,10 @@ def needs_language_head(what: str, architecture: Architecture) -> str:
 def plan_surgeries(subject: Subject, sizes: Sequence[int]) -> tuple[Surgery, ...]:
     """Plan the surgery for each size to be measured."""
     most = len(subject.surgery.size_key)
-    if subject.recovered and tuple(sizes) != (most,):
-        raise _has_one_size(subject.recovered.source, most)
+    if subject.is_comparison:
+        return ()
+    if subject.other and tuple(sizes) != (most,):
+        raise _has_one_size(subject.other.source, most)
     if not subject.plan and subject.surgery.other_cuts:
         return (subject.surgery,)
     order = subject.order
@@ -74,7 +76,7 @@ def with_recovered(subject: Subject, registry: Registry, notify: Notify) -> Subj
             "their tokens cannot be compared.",
             hint=f"Measure each by itself: sleb eval {checkpoint.id}.",
         )
-    return replace(subject, recovered=recovered)
+    return replace(subject, other=recovered)
 
 
 def _has_one_size(checkpoint: ModelSource, count: int) -> UsageError:

@@ -32,7 +32,20 @@ class Predictions:
         return self.skippable.head(hidden, self.ids[where])
 
 
-Logits = Tensor | Predictions
+@dataclass(eq=False)
+class Narrowed:
+    """The logits of some tokens alone, in this order; `tokens` is int64 [tokens]."""
+
+    logits: Logits
+    tokens: Tensor
+
+    def __getitem__(self, where: tuple[slice, slice]) -> Tensor:
+        """Return logits by sequences and positions, as a tensor of all logits does."""
+        logits = self.logits[where]
+        return logits[..., self.tokens.to(logits.device)]
+
+
+Logits = Tensor | Predictions | Narrowed
 """The logits of a batch; a model that only runs whole has them all at once."""
 
 

@@ -17,9 +17,11 @@ from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.environment import processor_name
 from sleb_cli.engine.files.cache import read_cached, write_cached
 from sleb_cli.engine.model.generation import with_requires_grad
+from sleb_cli.engine.quality.bits_per_byte import ByteWindows, measure_bytes
 from sleb_cli.engine.quality.corpus import CorpusTexts, measure_corpus
 from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
 from sleb_cli.engine.quality.models import Models
+from sleb_cli.engine.quality.stages import compare_stages, have_same_stages
 from sleb_cli.engine.quality.tasks import compare_task
 from sleb_cli.engine.quality.texts import description, measure_text
 from sleb_cli.engine.text.windows import EvaluationWindows
@@ -29,8 +31,10 @@ from sleb_cli.names import public_source
 from sleb_cli.order import SizeKey
 from sleb_cli.records import THIS_VERSION
 from sleb_cli.results import (
+    ComparedRecord,
     CorpusResult,
     EvalResult,
+    StageRecord,
     TaskResult,
     TextResult,
     merge_results,
@@ -45,6 +49,9 @@ class Evaluation:
     """The models, and the texts and tasks, or the corpus, to measure them on.
 
     Attributes:
+        task_models: the same models for tasks, whose blocks are not streamed.
+        compared: the other model of a comparison.
+        by_bytes: texts that its models read in tokens of their own.
         plugins: the versions of other packages that take part.
         batch_size: windows in a batch; None to suit the device.
         show_flips: how many items of each task that only one model gets right are recorded.
@@ -52,12 +59,15 @@ class Evaluation:
     """
 
     models: Models
+    task_models: Models
     tokenizer: Any
     texts: tuple[EvaluationWindows, ...]
     tasks: tuple[LoadedTask, ...]
     corpus: CorpusTexts | None
     command: str
     plugins: Mapping[str, str]
+    compared: ComparedRecord | None = None
+    by_bytes: tuple[tuple[ByteWindows, ByteWindows], ...] = ()
     batch_size: int | None = None
     show_flips: int = 0
     force: bool = False
@@ -86,8 +96,10 @@ def evaluate_models(evaluation: Evaluation, folder: Path | None) -> EvalResult:
     if run.reused:
         text = f"Measured before: {', '.join(run.reused)}. --force measures again."
         evaluation.models.notify(Notice(text))
-    results = {"texts": tuple(texts), "tasks": tuple(tasks)}
-    return run.setting.model_copy(update=results | {"corpora": corpora})
+    results: dict[str, Any] = {"texts": tuple(texts), "tasks": tuple(tasks), "corpora": corpora}
+    if evaluation.compared:
+        results["compared"] = run.compare(evaluation.compared)
+    return run.setting.model_copy(update=results)
 
 
 class _Run:
@@ -147,6 +159,19 @@ class _Run:
             known = merge_results(known, results)
         return with_sizes(known, self.wanted)
 
+    def compare(self, other: ComparedRecord) -> ComparedRecord:
+        """Measure what only a comparison has: bits per byte, and where the models differ."""
+        batch_size = self.evaluation.batch_size
+        by_bytes = []
+        for dense, others in self.evaluation.by_bytes:
+            by_bytes.append(measure_bytes(dense, others, self.models, batch_size))
+        stages: tuple[StageRecord, ...] = ()
+        subject = self.models.subject
+        assert subject.other
+        if self.evaluation.texts and have_same_stages(subject.architecture, subject.other):
+            stages = compare_stages(self.models, self.evaluation.texts[0].ids, batch_size)
+        return other.model_copy(update={"bytes": tuple(by_bytes), "stages": stages})
+
     def _find(self, item_key: Key) -> list[EvalResult]:
         if self.folder is None or self.evaluation.force:
             return []
@@ -179,14 +204,15 @@ class _Run:
 def _setting(evaluation: Evaluation) -> EvalResult:
     models = evaluation.models
     architecture = models.architecture
-    recovered = models.subject.recovered
+    other = models.subject.other
     return EvalResult(
         **THIS_VERSION,
         kind="eval",
         model=architecture.record,
         parts=part_sizes(models.subject.order),
         behavior=architecture.source.content_hash,
-        recovered=recovered.source.content_hash if recovered else None,
+        recovered=other.source.content_hash if other else None,
+        compared=evaluation.compared,
         dtype=dtype_name(models.placement.dtype),
         device=models.placement.device.type,
         sizes=models.sizes,
@@ -216,7 +242,7 @@ def _run_task(
     evaluation: Evaluation,
     sizes: Sequence[SizeKey],
 ) -> tuple[TaskResult, ...]:
-    models = evaluation.models
+    models = evaluation.task_models
     answers: dict[SizeKey, dict[str, Any]] = {}
     key = _dense_key(evaluation, fingerprints)
     known = None
@@ -234,10 +260,11 @@ def _run_task(
             predict = None
             if predictions is not None:
                 predict = partial(predictions.logits, removed=size)
-            title = f"{len(size)} removed" if size else "dense"
+            title = models.short_name(size)
+            tokenizer = models.tokenizer(size)
             with with_requires_grad(model):
                 answers[size] = task.run(
-                    model, evaluation.tokenizer, title, models.notify, models.group, predict
+                    model, tokenizer, title, models.notify, models.group, predict
                 )
     models.require_unchanged()
     if not known and models.group.is_main:
@@ -257,7 +284,8 @@ def _run_task(
 
 def _dense_key(evaluation: Evaluation, fingerprints: dict[str, str]) -> Key:
     # The dense model's answers to a task do not depend on the removal.
-    whole = _setting(evaluation).model_copy(update={"parts": None, "recovered": None})
+    alone = dict.fromkeys(("parts", "recovered", "compared"))
+    whole = _setting(evaluation).model_copy(update=alone)
     return {
         **whole.key,
         "items": fingerprints,

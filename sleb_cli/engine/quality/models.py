@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from sleb_cli.engine.device import CPU, free_memory
 from sleb_cli.engine.forward.ending import ending_of
@@ -17,12 +19,14 @@ from sleb_cli.engine.forward.placement import open_model
 from sleb_cli.engine.forward.predictions import SharedPredictions
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.memory import memory_shortage
+from sleb_cli.engine.model.padded import Tokens
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.surgery.loading import Placement, load_pruned
+from sleb_cli.engine.quality.vocabularies import SharedTokens
+from sleb_cli.engine.surgery.loading import Placement, load_pruned, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify
-from sleb_cli.order import SizeKey
+from sleb_cli.order import OTHER, SizeKey
 
 # Enough tokens to check that the model may be run block by block.
 CHECKED_TOKENS = 64
@@ -31,7 +35,8 @@ CHECKED_TOKENS = 64
 class Models:
     """The dense model and one for each size, loaded when first needed, with shared weights.
 
-    If they cannot share weights, only one is loaded at a time.
+    If they cannot share weights, only one is loaded at a time. In a comparison, the other model
+    has the key `OTHER`.
     """
 
     def __init__(
@@ -41,31 +46,60 @@ class Models:
         placement: Placement,
         group: ProcessGroup,
         notify: Notify,
+        shared: SharedTokens | None = None,
     ) -> None:
         self.subject = subject
+        self.shared = shared
+        """The tokens that both models of a comparison have; None if they are not compared."""
         self.architecture = subject.architecture
         self.placement = placement
         self.group = group
         self.notify = notify
         self.surgeries = {surgery.size_key: surgery for surgery in surgeries}
         """The surgery of each pruned model, by its size."""
+        if subject.is_comparison:
+            self.surgeries = {OTHER: Surgery(self.architecture)}
         self.sizes = tuple(self.surgeries)
-        self.one_at_a_time = (
-            self.architecture.is_quantized
-            or placement.device_map is not None
-            or placement.stream
-            or group.from_main(self._are_too_large)
-        )
+        self.one_at_a_time = self._must_take_turns()
         """Whether only one model is open at a time: no other can share packed, spread or streamed
-        weights with it.
+        weights with it, or there is no memory for a second.
         """
         self._loaded: dict[SizeKey, SkippableModel] = {}
 
     def name(self, size: SizeKey) -> str:
         """Name a size's model in messages."""
+        if self.subject.other and self.subject.is_comparison:
+            named = self.subject.other if size else self.architecture
+            return named.source.id
         if not size:
             return "dense model"
         return f"model {self.subject.order.describe(size)}"
+
+    def own_tokens(self, size: SizeKey, tokens: Tokens) -> Tokens:
+        """Return the dense model's tokens in the numbers of a size's model."""
+        if self.shared and size and isinstance(tokens, Tensor):
+            return self.shared.of_other(tokens)
+        return tokens
+
+    def alone(self) -> Models:
+        """Return the other model of a comparison as a dense one."""
+        assert self.subject.other
+        subject = Subject(Surgery(self.subject.other), None)
+        return Models(subject, (), self.placement, self.group, self.notify)
+
+    def short_name(self, size: SizeKey) -> str:
+        """Name a size's model in a line of progress."""
+        if self.subject.other and self.subject.is_comparison:
+            named = self.subject.other if size else self.architecture
+            return named.source.name
+        return f"{len(size)} removed" if size else "dense"
+
+    def tokenizer(self, size: SizeKey) -> Any:
+        """Return the tokenizer of a size's model."""
+        architecture = self.architecture
+        if self.subject.other and self.subject.is_comparison and size:
+            architecture = self.subject.other
+        return load_tokenizer(architecture.source)
 
     def without(self, removals: SizeKey) -> SkippableModel:
         """Return the model of one of `sizes`, or the dense one.
@@ -82,7 +116,7 @@ class Models:
     @property
     def differ_in_blocks_alone(self) -> bool:
         """Whether each size is the dense model without some of its blocks."""
-        return not self.subject.recovered and not any(
+        return not self.subject.other and not any(
             surgery.other_cuts for surgery in self.surgeries.values()
         )
 
@@ -108,18 +142,31 @@ class Models:
         """Sort these sizes so that as few models as possible are loaded."""
         return sorted(sizes, key=lambda removals: removals not in self._loaded)
 
+    def _must_take_turns(self) -> bool:
+        placement = self.placement
+        if not self.subject.is_comparison and (
+            self.architecture.is_quantized or placement.device_map is not None or placement.stream
+        ):
+            return True
+        return not placement.stream and self.group.from_main(self._are_too_large)
+
     def _are_too_large(self) -> bool:
-        # Blocks without some of their parts share little with the dense ones.
-        if self.subject.plan is None or self.subject.order.whole_blocks:
+        dtype = self.placement.dtype
+        weights = model_bytes(self.architecture, dtype)
+        if self.subject.other and self.subject.is_comparison:
+            weights += model_bytes(self.subject.other, dtype)
+        elif self.subject.plan is None or self.subject.order.whole_blocks:
             return False
-        weights = model_bytes(self.architecture, self.placement.dtype) * (1 + len(self.sizes))
+        else:
+            # Blocks without some of their parts share little with the dense ones.
+            weights *= 1 + len(self.sizes)
         return bool(memory_shortage(weights, self.placement.device))
 
     def _load(self, removals: SizeKey) -> SkippableModel:
         if not removals:
             return open_model(self.architecture, self.placement, self.notify)
-        if self.subject.recovered:
-            return open_model(self.subject.recovered, self.placement, self.notify)
+        if self.subject.other:
+            return open_model(self.subject.other, self.placement, self.notify)
         dense = None if self.one_at_a_time else self.without(()).model
         model = load_pruned(self.surgeries[removals], self.placement, self.notify, dense=dense)
         ending = ending_of(self.architecture, self.placement.device)
@@ -127,5 +174,5 @@ class Models:
 
     def require_unchanged(self) -> None:
         """Raise a ModelError if the models' files have changed since they were first read."""
-        for architecture in filter(None, (self.architecture, self.subject.recovered)):
+        for architecture in filter(None, (self.architecture, self.subject.other)):
             architecture.source.watch.require_unchanged()

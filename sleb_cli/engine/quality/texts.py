@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import CPU
+from sleb_cli.engine.forward.fork_check import why_not_fork
+from sleb_cli.engine.forward.logits import Logits
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.memory_needs import states_bytes
 from sleb_cli.engine.forward.predictions import predict_together
@@ -28,11 +30,12 @@ from sleb_cli.engine.quality.token_scores import (
     score_tokens,
     window_losses,
 )
+from sleb_cli.engine.quality.vocabularies import SharedTokens
 from sleb_cli.engine.statistics import clustered_mean
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.text.windows import EvaluationWindows, tokens_sha256
 from sleb_cli.events import task
-from sleb_cli.order import SizeKey
+from sleb_cli.order import OTHER, SizeKey
 from sleb_cli.results import PrunedTextScores, TextResult, TextScores
 from sleb_plugins import ModelError
 
@@ -47,8 +50,11 @@ def measure_text(
 
     If `batch_size` is None, a batch has as many windows as suit the device.
     """
+    score = score_tokens
+    if models.shared:
+        score = partial(_score_shared, models.shared)
     with ExitStack() as opened:
-        scorer = Scorer(models, [(), *sizes], windows.ids, batch_size, opened, score_tokens)
+        scorer = Scorer(models, [(), *sizes], windows.ids, batch_size, opened, score)
         dense, *scored = scorer.score_all(f"Perplexity on {windows.text.source}", "windows")
     counted = windows.counted
     clusters = windows.clusters[counted]
@@ -69,6 +75,16 @@ def measure_text(
         )
     summary = TextScores(**_summary(dense, windows, models.name(())))
     return TextResult(**description(windows), dense=summary, pruned=tuple(pruned))
+
+
+def _score_shared(
+    shared: SharedTokens, ids: Tensor, models: Sequence[Logits], positions: int
+) -> list[Scores]:
+    dense, *others = models
+    narrowed = [shared.narrow(dense, dense=True)]
+    for other in others:
+        narrowed.append(shared.narrow(other, dense=False))
+    return score_tokens(shared.places(ids), narrowed, positions)
 
 
 def description(windows: EvaluationWindows) -> dict[str, Any]:
@@ -131,7 +147,7 @@ class Scorer:
             batch_size=batch_size,
             checked=CHECKED_TOKENS if isinstance(ids, Tensor) else None,
         )
-        self.forks = passes.forks
+        self.forks = passes.forks and self._others_fork()
         self.size = passes.budget.sequences
         self.positions = passes.budget.positions
         if not self.forks:
@@ -194,7 +210,8 @@ class Scorer:
             skippable, surgery = self._model(size)
             # All batches are predicted in here, since the model is whole again behind it.
             with surgery.simulate(skippable.model):
-                others = list(predict_together(skippable, batches, [surgery.removals]))
+                own = [self.models.own_tokens(size, ids) for ids in batches]
+                others = list(predict_together(skippable, own, [surgery.removals]))
             for of_batch, other in zip(predicted, others, strict=True):
                 of_batch += other
         return predicted
@@ -205,10 +222,20 @@ class Scorer:
         for size in self.sizes:
             skippable, surgery = self._model(size)
             with surgery.simulate(skippable.model):
-                for of_batch, ids in zip(predicted, batches, strict=True):
+                for of_batch, tokens in zip(predicted, batches, strict=True):
+                    ids = self.models.own_tokens(size, tokens)
                     result = skippable.ending.of_model(skippable, ids, surgery.removals)
                     of_batch.append(result)
         return predicted
+
+    def _others_fork(self) -> bool:
+        # Another model may be of a class that does not run block by block.
+        if not self.models.subject.is_comparison or OTHER not in self.sizes:
+            return True
+        other, _ = self._model(OTHER)
+        ids = self.models.own_tokens(OTHER, self.parts[0][:1, :CHECKED_TOKENS])
+        with torch.inference_mode():
+            return why_not_fork(other, ids.to(other.device)) is None
 
     def _load_all(self) -> None:
         # Before they run: no model is loaded in inference mode.
@@ -219,7 +246,7 @@ class Scorer:
         # If two models may not fit into memory, the dense one stands in, with the surgery to make
         # on it.
         surgery = Surgery(self.models.architecture)
-        if self.models.one_at_a_time and size:
+        if self.models.one_at_a_time and size and not self.models.subject.is_comparison:
             surgery = self.models.surgeries[size]
             size = ()
         if size not in self.skippable:

@@ -20,19 +20,24 @@ from sleb_plugins import PlanError
 class Subject:
     """A model, the surgery on it (of no block for a model alone), and its plan and file, if any.
 
-    `recovered` is the checkpoint of a plan in one whose blocks were recovered: its weights are not
-    the dense model's.
+    `other` has other weights than the dense model, and is measured in place of a pruned one: the
+    checkpoint of a plan whose blocks were recovered or, without a plan, any model to compare.
     """
 
     surgery: Surgery
     plan: Plan | None
     file: Path | None = None
-    recovered: Architecture | None = None
+    other: Architecture | None = None
 
     @property
     def architecture(self) -> Architecture:
         """The model."""
         return self.surgery.architecture
+
+    @property
+    def is_comparison(self) -> bool:
+        """Whether any two models are compared."""
+        return self.other is not None and self.plan is None
 
     @property
     def order(self) -> Order:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,6 +86,15 @@ class EvaluationWindows:
     clusters: Tensor
     clustered_by: ClusteredBy
     bos: Bos
+
+    def of(self, chosen: Tensor) -> EvaluationWindows:
+        """Return the windows that are chosen, bool [windows]."""
+        return replace(
+            self,
+            ids=self.ids[chosen],
+            counted=self.counted[chosen],
+            clusters=self.clusters[chosen],
+        )
 
 
 def cut_for_evaluation(

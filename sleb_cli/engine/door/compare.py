@@ -1,0 +1,164 @@
+"""Resolve `sleb eval --against`: what two models have in common, and how a text is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sleb_cli.engine.model.architecture import Architecture, read_architecture
+from sleb_cli.engine.model.source import ModelSource
+from sleb_cli.engine.quality.bits_per_byte import ByteWindows, cut_by_bytes
+from sleb_cli.engine.quality.models import Models
+from sleb_cli.engine.quality.vocabularies import SharedTokens, read_alike, share_tokens
+from sleb_cli.engine.surgery.loading import load_tokenizer
+from sleb_cli.engine.surgery.subject import Subject
+from sleb_cli.engine.text.windows import EvaluationWindows, choose_length
+from sleb_cli.events import Notice, Notify
+from sleb_cli.order import OTHER
+from sleb_cli.plugin_manager import Registry
+from sleb_cli.requests import EvalRequest
+from sleb_cli.results import ComparedRecord
+from sleb_plugins import UsageError
+
+
+def with_other(
+    subject: Subject, source: ModelSource, registry: Registry, notify: Notify
+) -> Subject:
+    """Add the model that is compared with the subject's.
+
+    Raises:
+        UsageError: only one of them is a language model, or they put out different things.
+    """
+    other = read_architecture(source, registry, notify)
+    dense = subject.architecture
+    if _kind(other) != _kind(dense):
+        raise UsageError(
+            f"{other.source.id} {_does(other)}, but {dense.source.id} {_does(dense)}.",
+            hint="Compare two language models, or two that read alike.",
+        )
+    return replace(subject, other=other)
+
+
+def _kind(architecture: Architecture) -> tuple[Any, ...]:
+    output = architecture.record.output
+    return (output, output and architecture.text_config.hidden_size)
+
+
+def _does(architecture: Architecture) -> str:
+    output = architecture.record.output
+    if output is None:
+        return "is a language model"
+    return f"puts out {output}, from hidden states of {architecture.text_config.hidden_size}"
+
+
+def shared_tokens(subject: Subject, request: EvalRequest, notify: Notify) -> SharedTokens | None:
+    """Match the vocabularies of the two models; None if their tokenizers differ.
+
+    Raises:
+        UsageError: they differ, and a corpus is to be read.
+        ModelError: one has no tokenizer.
+    """
+    dense = subject.architecture
+    other = subject.other
+    assert other
+    shared = share_tokens(
+        (load_tokenizer(dense.source), dense), (load_tokenizer(other.source), other)
+    )
+    names = f"{other.source.name} and {dense.source.name}"
+    if request.corpus is not None and not (shared and shared.is_whole):
+        raise UsageError(
+            f"The tokenizers of {names} differ, so they cannot read the same texts.",
+            hint="Measure each by itself, without --against.",
+        )
+    if shared is None:
+        notify(Notice(f"The tokenizers of {names} differ: texts are compared by bits per byte."))
+    elif len(shared.dense) < max(_vocabulary_sizes(subject)):
+        count = f"{len(shared.dense):,}"
+        notify(Notice(f"Compared on the {count} tokens that {names} have in common."))
+    if request.apply_chat_template and not same_chat_template(subject):
+        notify(Notice(f"{names} have different chat templates: each is asked in its own."))
+    return shared
+
+
+def compare_texts(
+    texts: Sequence[EvaluationWindows], models: Models, request: EvalRequest
+) -> tuple[tuple[EvaluationWindows, ...], tuple[tuple[ByteWindows, ByteWindows], ...]]:
+    """Return the windows that both models read alike, and other texts in the tokens of each.
+
+    Raises:
+        UsageError: a text of conversations is not read alike.
+    """
+    alike = []
+    by_bytes = []
+    for windows in texts:
+        same = _read_alike(windows, models)
+        if same:
+            alike.append(same)
+        else:
+            by_bytes.append(_cut_by_bytes(windows, models, request))
+    return tuple(alike), tuple(by_bytes)
+
+
+def _read_alike(windows: EvaluationWindows, models: Models) -> EvaluationWindows | None:
+    if models.shared is None:
+        return None
+    dense = models.tokenizer(())
+    alike = read_alike(windows, models.shared, dense, models.tokenizer(OTHER))
+    if alike and len(alike.ids) < len(windows.ids):
+        share = f"{len(alike.ids):,} of {len(windows.ids):,} windows"
+        text = f"Both models read {share} of {windows.text.source} in the same tokens; only these "
+        models.notify(Notice(f"{text}are compared."))
+    return alike
+
+
+def _cut_by_bytes(
+    windows: EvaluationWindows, models: Models, request: EvalRequest
+) -> tuple[ByteWindows, ByteWindows]:
+    dense = models.architecture
+    other = models.subject.other
+    assert other
+    lengths = [choose_length(request.sequence_length, model) for model in (dense, other)]
+    cut = partial(cut_by_bytes, text=windows.text, length=min(lengths), most=request.max_windows)
+    return cut(models.tokenizer(())), cut(models.tokenizer(OTHER))
+
+
+def describe_other(subject: Subject, shared: SharedTokens | None) -> ComparedRecord:
+    """Record the other model, and what is known of the pair."""
+    assert subject.other
+    pair = (subject.architecture, subject.other)
+    before, after = map(_files_bytes, pair)
+    return ComparedRecord(
+        model=subject.other.record,
+        files_bytes=(before, after),
+        tokens=_vocabulary_sizes(subject),
+        shared_tokens=len(shared.dense) if shared else None,
+        same_chat_template=same_chat_template(subject),
+    )
+
+
+def _vocabulary_sizes(subject: Subject) -> tuple[int, int]:
+    assert subject.other
+    sizes = [len(load_tokenizer(subject.architecture.source).get_vocab())]
+    sizes.append(len(load_tokenizer(subject.other.source).get_vocab()))
+    return sizes[0], sizes[1]
+
+
+def same_chat_template(subject: Subject) -> bool:
+    """Whether two models that are compared have the same chat template, or none."""
+    assert subject.other
+    templates = []
+    for source in (subject.architecture.source, subject.other.source):
+        templates.append(getattr(load_tokenizer(source), "chat_template", None) or None)
+    return bool(templates[0] == templates[1])
+
+
+def _files_bytes(architecture: Architecture) -> int:
+    """Return the bytes of a model's files of weights."""
+    source = architecture.source
+    files: Sequence[Path] = source.weights.paths
+    if source.id.endswith(".gguf"):
+        files = [Path(source.id)]  # not what it was converted to
+    return sum(file.stat().st_size for file in files)

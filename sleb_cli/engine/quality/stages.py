@@ -1,0 +1,120 @@
+"""Find where two models differ: each stage of both gets the dense model's hidden states."""
+
+from __future__ import annotations
+
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.quality.models import Models
+from sleb_cli.engine.quality.vocabularies import SharedTokens
+from sleb_cli.events import task
+from sleb_cli.order import OTHER
+from sleb_cli.results import StageRecord
+from sleb_plugins import UnsupportedModelError
+
+MAX_TOKENS = 2_048
+"""How many tokens of the first text are read."""
+HEAD_POSITIONS = 64
+"""At how many positions of each sequence the heads are compared."""
+STANDS_OUT = 3.0
+"""A stage stands out that differs so many times as much as the median one..."""
+LEAST = 0.05
+"""...and at least by this share of what it computes."""
+
+
+def have_same_stages(dense: Architecture, other: Architecture) -> bool:
+    """Whether two models have as many blocks, for hidden states of one width."""
+    width = dense.text_config.hidden_size
+    same_width = bool(width == other.text_config.hidden_size)
+    return same_width and dense.block_count == other.block_count
+
+
+def compare_stages(models: Models, ids: Tensor, batch_size: int | None) -> tuple[StageRecord, ...]:
+    """Compare the stages of both models of a comparison on some windows, [windows, positions].
+
+    An error does not grow from stage to stage: every one is given what the dense model computes.
+    Returns nothing if blocks of a model do not run on their own.
+    """
+    assert models.shared
+    windows = max(1, MAX_TOKENS // ids.shape[1])
+    with models.without(()) as dense, models.without(OTHER) as other, torch.inference_mode():
+        try:
+            ids = ids[: min(windows, batch_size or windows)]
+            differences = _compare(dense, other, ids.to(dense.device), models)
+        except UnsupportedModelError:
+            return ()
+    return judge(differences)
+
+
+def judge(differences: dict[str, float]) -> tuple[StageRecord, ...]:
+    """Mark the stages that stand out."""
+    usual = median(differences.values())
+    records = []
+    for stage, difference in differences.items():
+        stands_out = difference > max(LEAST, STANDS_OUT * usual)
+        records.append(StageRecord(stage=stage, difference=difference, stands_out=stands_out))
+    return tuple(records)
+
+
+def _compare(
+    dense: SkippableModel, other: SkippableModel, ids: Tensor, models: Models
+) -> dict[str, float]:
+    shared = models.shared
+    assert shared
+    own_ids = shared.of_other(ids)
+    calls = list(zip(dense.calls(ids), other.calls(own_ids), strict=True))
+    hidden = calls[0][0].entering
+    differences = {"embeddings": _relative(calls[0][1].entering, hidden, hidden)}
+    blocks = range(len(calls))
+    count = len(calls) + 2
+    with (
+        task(models.notify, "Comparing blocks", count, "stages") as advance,
+        dense.weights.visit(blocks) as visit,
+        other.weights.visit(blocks) as other_visit,
+    ):
+        advance(1)
+        for block, (call, other_call) in enumerate(calls):
+            visit.load(block)
+            other_visit.load(block)
+            leaving = dense.run_block(call, hidden)
+            theirs = other.run_block(other_call, hidden)
+            differences[f"block {block}"] = _relative(theirs, leaving, leaving - hidden)
+            hidden = leaving
+            advance(1)
+    differences["head"] = _compare_heads(dense, other, hidden, ids, own_ids, shared)
+    return differences
+
+
+def _relative(theirs: Tensor, ours: Tensor, added: Tensor) -> float:
+    """Return the mean over tokens of the difference's norm, by the norm of what is added."""
+    difference = (theirs.to(ours.device).float() - ours.float()).norm(dim=-1)
+    norm = added.float().norm(dim=-1).clamp(min=1e-12)
+    return float((difference / norm).mean())
+
+
+def _compare_heads(
+    dense: SkippableModel,
+    other: SkippableModel,
+    hidden: Tensor,
+    ids: Tensor,
+    own_ids: Tensor,
+    shared: SharedTokens,
+) -> float:
+    """Compare the logits that the heads give for the same states, token by token.
+
+    A fault may be in one row of the head, so the token counts whose logits differ most.
+    """
+    everything = (slice(None), slice(None))
+    rows = (slice(None), slice(-HEAD_POSITIONS, None))
+    head = shared.narrow(dense.head(hidden[rows], ids[rows]), dense=True)
+    other_head = shared.narrow(other.head(hidden[rows], own_ids[rows]), dense=False)
+    ours = head[everything].float().flatten(0, 1)
+    theirs = other_head[everything].to(ours.device).float().flatten(0, 1)
+    difference = (theirs - ours).norm(dim=0)
+    # The model's choice does not depend on what is added to all logits of a position.
+    norm = (ours - ours.mean(1, keepdim=True)).norm(dim=0).clamp(min=1e-6)
+    return float((difference / norm).max())

@@ -1,0 +1,116 @@
+"""The tokens that two models have in common, by their text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sleb_cli.engine.forward.logits import Logits, Narrowed
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.text.windows import EvaluationWindows
+
+SHARED = 0.9
+"""Vocabularies that share less of the smaller one come from different tokenizers."""
+ENOUGH_WINDOWS = 0.5
+"""If both tokenizers read less of a text alike, its tokens are not compared."""
+
+
+@dataclass(frozen=True, eq=False)
+class SharedTokens:
+    """The numbers of the shared tokens in each model, int64 [tokens], in the same order.
+
+    Where all that a model predicts is shared, in this order, `is_whole`.
+    """
+
+    dense: Tensor
+    other: Tensor
+    is_whole: bool
+
+    def of_other(self, ids: Tensor) -> Tensor:
+        """Return the other model's numbers of tokens; -1 for those that it lacks."""
+        return _translate(ids, self.dense, self.other)
+
+    def places(self, ids: Tensor) -> Tensor:
+        """Return the places of the dense model's tokens among the shared ones."""
+        if self.is_whole:
+            return ids
+        return _translate(ids, self.dense, torch.arange(len(self.dense)))
+
+    def narrow(self, logits: Logits, *, dense: bool) -> Logits:
+        """Return the logits of the shared tokens alone, in their order."""
+        if self.is_whole:
+            return logits
+        return Narrowed(logits, self.dense if dense else self.other)
+
+
+def _translate(ids: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    size = max(int(ids.max()), int(old.max())) + 1
+    table = torch.full((size,), -1)
+    table[old] = new
+    return table[ids.cpu()].to(ids.device)
+
+
+def share_tokens(
+    dense: tuple[Any, Architecture], other: tuple[Any, Architecture]
+) -> SharedTokens | None:
+    """Match the vocabularies of two tokenizers by text; None if they share too little."""
+    (dense_tokens, dense_rows), (other_tokens, other_rows) = map(_vocabulary, (dense, other))
+    pairs = []
+    for token, number in dense_tokens.items():
+        if token in other_tokens:
+            pairs.append((number, other_tokens[token]))
+    if len(pairs) < SHARED * min(len(dense_tokens), len(other_tokens)):
+        return None
+    pairs.sort()
+    numbers = torch.tensor(pairs)
+    same = torch.equal(numbers[:, 0], numbers[:, 1])
+    all_shared = len(pairs) == len(dense_tokens) == len(other_tokens)
+    is_whole = same and all_shared and dense_rows == other_rows
+    return SharedTokens(numbers[:, 0], numbers[:, 1], is_whole)
+
+
+def _vocabulary(model: tuple[Any, Architecture]) -> tuple[dict[str, int], int]:
+    # Numbers beyond the model's rows are tokens of the tokenizer alone.
+    tokenizer, architecture = model
+    rows: int = architecture.text_config.vocab_size
+    tokens = {token: number for token, number in tokenizer.get_vocab().items() if number < rows}
+    return tokens, rows
+
+
+def read_alike(
+    windows: EvaluationWindows, shared: SharedTokens, dense: Any, other: Any
+) -> EvaluationWindows | None:
+    """Return the windows that both tokenizers read alike; None if too few are."""
+    translated = shared.of_other(windows.ids)
+    alike = (translated >= 0).all(1)
+    text = windows.text
+    if not text.conversations:
+        alike &= _cut_alike(windows, shared, dense, other)
+    if alike.double().mean() < ENOUGH_WINDOWS:
+        return None
+    return windows.of(alike)
+
+
+def _cut_alike(windows: EvaluationWindows, shared: SharedTokens, dense: Any, other: Any) -> Tensor:
+    """Return for each window whether the other tokenizer cuts its text into the same tokens."""
+    content = windows.text.content
+    ids, starts = _placed(other, content)
+    theirs = set(zip(starts, ids, strict=True))
+    ids, starts = _placed(dense, content)
+    ours = shared.of_other(torch.tensor(ids)).tolist()
+    same = torch.tensor([token in theirs for token in zip(starts, ours, strict=True)])
+    count, length = windows.ids.shape
+    if windows.bos == "windows":
+        length -= 1  # the BOS has no text
+    if windows.bos == "text":
+        same = torch.cat([torch.ones(1, dtype=torch.bool), same])
+    return same[: count * length].view(count, length).all(1)
+
+
+def _placed(tokenizer: Any, content: str) -> tuple[list[int], list[int]]:
+    """Return the tokens of a text, without a BOS, and where each begins."""
+    tokens = tokenizer(content, add_special_tokens=False, return_offsets_mapping=True)
+    return tokens.input_ids, [start for start, _ in tokens.offset_mapping]

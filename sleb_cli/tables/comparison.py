@@ -1,0 +1,154 @@
+"""What a model lost against the one that it was made from: what only a comparison of two has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+from sleb_cli.names import public_source
+from sleb_cli.results import BytesResult, EvalResult, Interval, StageRecord, TaskResult, TextResult
+from sleb_cli.tables.table import Column, Table, between, tabulate
+from sleb_cli.units import format_bytes, format_change, format_share, plural
+
+BROKEN = 2.0
+"""A model whose predictions lie so far from its parent's, in nats of KL, has lost their sense."""
+SAME = 1e-3
+"""Below this KL, in nats, predictions differ by rounding."""
+ROUNDING = 1e-3
+"""Stages that all differ by less compute the same."""
+BAR = 24
+"""The characters of the longest bar."""
+
+
+def comparison_tables(result: EvalResult) -> list[Table]:
+    """List the bits per byte of each text, and the stages of both models, if two are compared."""
+    compared = result.compared
+    if compared is None:
+        return []
+    return [bits_per_byte(compared.bytes), stages(compared.stages)]
+
+
+def bits_per_byte(results: Sequence[BytesResult]) -> Table:
+    """List the bits that each byte of a text takes, of models whose tokenizers differ."""
+    change = "{:+.4f}".format
+    columns: list[Column] = [
+        ("text", str),
+        ("model", str),
+        ("bits per byte", "{:.4f}".format),
+        ("change", change),
+        ("95%", partial(between, form=change)),
+        ("predicted tokens", "{:,}".format),
+    ]
+    rows = []
+    for text in results:
+        name = public_source(text.text)
+        rows.append([name, "dense", text.bits[0], None, None, text.tokens[0]])
+        rows.append([name, "other", text.bits[1], text.difference, text.interval, text.tokens[1]])
+    notes = [
+        "bits per byte: the loss of a text over its bytes, which tokenizers do not change. Each "
+        "model reads its own tokens, so there is no divergence."
+    ]
+    return tabulate("Bits per byte", columns, rows, notes)
+
+
+def stages(records: Sequence[StageRecord]) -> Table:
+    """Draw how far each stage is from the dense model's, given the same hidden states."""
+    columns: list[Column] = [("stage", str), ("differs by", format_share), ("", str)]
+    most = max((record.difference for record in records), default=0.0)
+    rows = []
+    for record in records:
+        if most < ROUNDING:
+            break
+        bar = "█" * math.ceil(BAR * record.difference / most)
+        rows.append([record.stage, record.difference, f"{bar} ←" if record.stands_out else bar])
+    notes = [
+        "differs by: the difference of what a stage adds to the same hidden states, as a share of "
+        "what the dense one adds; of the head, for the token that differs most. ←: stands out."
+    ]
+    return tabulate("Where they differ", columns, rows, notes)
+
+
+def conclusions(result: EvalResult) -> list[str]:
+    """Say in sentences what the other model lost."""
+    compared = result.compared
+    if compared is None:
+        return []
+    before, after = compared.files_bytes
+    size = f"{format_bytes(after)} instead of {format_bytes(before)}"
+    sentences = [f"{compared.name} takes {size} ({format_share(after / before)})."]
+    broken = [text for text in result.texts if _divergence(text) > BROKEN]
+    for text in broken:
+        sentences.append(f"It is broken: KL {_divergence(text):.1f} on {_named(text)}.")
+    if not broken:
+        sentences += [_of_text(text) for text in result.texts]
+    sentences += [_of_bytes(text) for text in compared.bytes]
+    sentences += _of_tasks(result.tasks)
+    for record in compared.stages:
+        if record.stands_out:
+            sentences.append(
+                f"Its {record.stage} stands out: on the same hidden states, it differs by "
+                f"{format_share(record.difference)}."
+            )
+    return sentences
+
+
+def _named(text: TextResult) -> str:
+    return public_source(text.text)
+
+
+def _divergence(text: TextResult) -> float:
+    return max((scores.divergence.mean for scores in text.pruned), default=0.0)
+
+
+def _of_text(text: TextResult) -> str:
+    (scores,) = text.pruned
+    divergence = scores.divergence.mean
+    if divergence < SAME:
+        return f"On {_named(text)}, it predicts the same: KL {divergence:.1g}, perplexity alike."
+    change = format_change(math.expm1(scores.log_ratio))
+    if scores.interval:
+        low, high = math.expm1(scores.interval.low), math.expm1(scores.interval.high)
+        change += f" ({format_change(low)} to {format_change(high)})"
+    return f"On {_named(text)}, perplexity changed by {change}, at KL {divergence:.3f}."
+
+
+def _of_bytes(text: BytesResult) -> str:
+    name = public_source(text.text)
+    change = f"{text.difference:+.3f}"
+    if text.interval:
+        change += f" ({text.interval.low:+.3f} to {text.interval.high:+.3f})"
+    return f"On {name}, a byte takes {change} bits, of {text.bits[0]:.3f}."
+
+
+def _of_tasks(tasks: Sequence[TaskResult]) -> list[str]:
+    """Say what was lost of tasks: of each that shows a loss, or of all together."""
+    from sleb_cli.tables.quality import main_tasks
+
+    counted = [task for task in main_tasks(tasks) if task.pruned[0].difference_interval]
+    if not counted:
+        return []
+    sentences = []
+    means = []
+    halves = []
+    for task in counted:
+        (scores,) = task.pruned
+        interval = scores.difference_interval
+        assert interval
+        means.append(scores.difference)
+        halves.append((interval.high - interval.low) / 2)
+        if interval.high < 0:
+            lost = Interval(low=-interval.high, high=-interval.low)
+            sentences.append(f"It lost {_points(-scores.difference, lost)} of {task.task}.")
+        elif interval.low > 0:
+            sentences.append(f"It gained {_points(scores.difference, interval)} of {task.task}.")
+    if sentences:
+        return sentences
+    items = sum(len(task.doc_ids) for task in counted)
+    worst = sum(means) / len(means) - math.hypot(*halves) / len(halves)
+    most = f"{100 * max(0.0, -worst):.1f} points"
+    return [f"It lost nothing that these {plural(items, 'item')} can show: at most {most}."]
+
+
+def _points(value: float, interval: Interval) -> str:
+    return f"{100 * value:.1f} points ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
