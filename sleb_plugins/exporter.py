@@ -23,7 +23,8 @@ class Pruning:
         source_file: a GGUF file of the model: the value of `--source`, or the model itself if it is
             a GGUF file.
         plan_file: the plan's file as the user named it, or None if the blocks were named by hand.
-        plan: the plan as in its JSON file, without local folders, so that it may be published.
+        plan: the plan as in its JSON file, without local folders, so that it may be published; None
+            if the blocks were named by hand, or if `evaluation` compares two models.
         evaluation: what `sleb eval` measured of the plan's sizes, as in its JSON file, if it did;
             likewise published.
         benchmark: what `sleb bench` measured of the plan's sizes, as in its JSON file, if it did;

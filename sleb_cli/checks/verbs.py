@@ -1,6 +1,7 @@
 """Check requests of `apply`, `eval`, `bench` and `export` before the model is looked for."""
 
 import re
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -21,6 +22,7 @@ from sleb_cli.checks.text_names import require_evaluation_texts, require_mixture
 from sleb_cli.plan import CHECKPOINT_PLAN
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.processes import is_main_process
+from sleb_cli.records import UnreadableRecord
 from sleb_cli.requests import (
     AUTO,
     DEFAULT_PLAN,
@@ -31,6 +33,7 @@ from sleb_cli.requests import (
     ExportRequest,
     option_of,
 )
+from sleb_cli.results import EvalResult
 from sleb_cli.texts.corpus_files import require_corpus
 from sleb_cli.units import dtype_in_full, parse_bytes
 from sleb_plugins import DataError, Engine, Exporter, OutputError, UsageError
@@ -231,10 +234,28 @@ def check_export(request: ExportRequest, registry: Registry) -> tuple[list[Named
                 f"--to {request.to} describes a plan, but {file} is a model.",
                 hint="Name a plan of `sleb search`.",
             )
+        comparison = read_comparison(file)
+        if comparison:
+            if exporter.name not in ("report", "table") or request.more:
+                raise UsageError(
+                    f"{file} compares two models, and is shown alone, by --to report or table.",
+                    hint=f"sleb export {file} --to report",
+                )
+            subjects.append(NamedSubject(request, comparison.model.id, (), file=file))
+            continue
         plan = read_named_plan(file, request)
         # Not looked for: the model may be on another machine.
         subjects.append(NamedSubject(request, plan.model.id, plan.removals, plan=plan, file=file))
     return subjects, exporter
+
+
+def read_comparison(file: Path) -> EvalResult | None:
+    """Read what `eval --against` wrote; None if the file is none of these."""
+    with suppress(UnreadableRecord, FileNotFoundError):
+        result = EvalResult.read(file, "the result")
+        if result.compared:
+            return result
+    return None
 
 
 def _require_new(request: EvalRequest | BenchRequest | ExportRequest) -> None:

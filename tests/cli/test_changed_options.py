@@ -118,6 +118,7 @@ NEXT = dict(
     sweep = batch=1,2 prompt=8
     new_tokens = 3
     remove = 1
+    against = other
     """.strip().splitlines()
 )
 """What an option becomes that is neither a flag nor a number of the first run."""

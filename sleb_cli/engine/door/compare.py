@@ -73,11 +73,6 @@ def shared_tokens(subject: Subject, request: EvalRequest, notify: Notify) -> Sha
             f"The tokenizers of {names} differ, so they cannot read the same texts.",
             hint="Measure each by itself, without --against.",
         )
-    if shared is None:
-        notify(Notice(f"The tokenizers of {names} differ: texts are compared by bits per byte."))
-    elif len(shared.dense) < max(_vocabulary_sizes(subject)):
-        count = f"{len(shared.dense):,}"
-        notify(Notice(f"Compared on the {count} tokens that {names} have in common."))
     if request.apply_chat_template and not same_chat_template(subject):
         notify(Notice(f"{names} have different chat templates: each is asked in its own."))
     return shared
@@ -99,6 +94,11 @@ def compare_texts(
             alike.append(same)
         else:
             by_bytes.append(_cut_by_bytes(windows, models, request))
+            source = windows.text.source
+            models.notify(Notice(f"The tokenizers differ: {source} is compared by bits per byte."))
+    if alike and models.shared and len(models.shared.dense) < max(vocabulary_sizes(models.subject)):
+        count = f"{len(models.shared.dense):,}"
+        models.notify(Notice(f"Compared on the {count} tokens that both models have."))
     return tuple(alike), tuple(by_bytes)
 
 
@@ -133,13 +133,14 @@ def describe_other(subject: Subject, shared: SharedTokens | None) -> ComparedRec
     return ComparedRecord(
         model=subject.other.record,
         files_bytes=(before, after),
-        tokens=_vocabulary_sizes(subject),
+        tokens=vocabulary_sizes(subject),
         shared_tokens=len(shared.dense) if shared else None,
         same_chat_template=same_chat_template(subject),
     )
 
 
-def _vocabulary_sizes(subject: Subject) -> tuple[int, int]:
+def vocabulary_sizes(subject: Subject) -> tuple[int, int]:
+    """Return how many tokens the tokenizers of two models have that are compared."""
     assert subject.other
     sizes = [len(load_tokenizer(subject.architecture.source).get_vocab())]
     sizes.append(len(load_tokenizer(subject.other.source).get_vocab()))

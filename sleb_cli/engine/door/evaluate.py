@@ -78,10 +78,8 @@ def resolve_evaluation(
     architecture = subject.architecture
     _require_measurable(request, architecture)
     shared = None
-    compared = None
     if subject.is_comparison:
         shared = group.main_first(partial(shared_tokens, subject, request, notify))
-        compared = describe_other(subject, shared)
     place = partial(_place_models, subject, request, notify, group)
     surgeries = plan_surgeries(subject, named.sizes)
     placement = place(tasks=bool(request.tasks) and not subject.is_comparison)
@@ -101,9 +99,11 @@ def resolve_evaluation(
     texts = group.main_first(lambda: tuple(map(read, names)))
     for sentence in _notices(texts, subject):
         notify(Notice(sentence))
+    compared = None
     by_bytes: tuple[tuple[ByteWindows, ByteWindows], ...] = ()
     if subject.is_comparison:
         texts, by_bytes = compare_texts(texts, models, request)
+        compared = describe_other(subject, shared if texts or not by_bytes else None)
     return Evaluation(
         models=models,
         task_models=task_models,

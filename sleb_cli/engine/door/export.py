@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sleb_cli.atomic import require_new_file
 from sleb_cli.checks.subjects import NamedSubject
+from sleb_cli.checks.verbs import read_comparison
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.measured import read_measurements
 from sleb_cli.events import Notify
@@ -50,7 +51,7 @@ def resolve_export(
     reads_gguf = exporter.uses_source and pruning.source_file
     if subject and exporter.only_counts and not reads_gguf:
         _require_only_count_changes(subject, exporter, pruning.model)
-    if not (pruning.removals or named.other_cuts):
+    if not (pruning.removals or named.other_cuts or pruning.evaluation):
         raise UsageError(
             "Nothing to export: no block is removed.", hint="Name a plan, or use --blocks."
         )
@@ -74,6 +75,22 @@ def _require_only_count_changes(subject: Subject, exporter: Exporter, model: str
         )
 
 
+def _comparison(file: Path) -> Pruning:
+    """Describe what was measured of two models."""
+    result = read_comparison(file)
+    assert result
+    model = result.model
+    return Pruning(
+        model=model.id,
+        revision=model.revision,
+        dtype=model.dtype or result.dtype,
+        blocks=model.blocks,
+        removals=(),
+        plan_file=file,
+        evaluation=result.published().to_data(),
+    )
+
+
 def _pruning(
     request: ExportRequest, named: NamedSubject, subject: Subject | None, notify: Notify
 ) -> Pruning:
@@ -84,6 +101,8 @@ def _pruning(
     """
     plan_fields: dict[str, Any] = {}
     plan = named.plan
+    if named.file and plan is None:
+        return _comparison(named.file)
     if plan and named.file:
         model = plan.model
         dtype = plan.search.dtype

@@ -2,11 +2,14 @@
 
 from urllib.parse import quote
 
+from sleb_cli.atomic import to_json
 from sleb_cli.exporters.findings import Findings, read_findings
 from sleb_cli.exporters.headline import sentences, verdicts, warnings
 from sleb_cli.exporters.report.drawing import Plot, render_svg, require_extra
 from sleb_cli.exporters.report.sections import sections
-from sleb_cli.tables.quality import perplexity_change
+from sleb_cli.results import EvalResult
+from sleb_cli.tables.comparison import conclusions
+from sleb_cli.tables.quality import evaluation_tables, perplexity_change, text_names
 from sleb_cli.tables.search_results import sample_rows
 from sleb_cli.tables.speed import workload_name
 from sleb_cli.tables.table import between
@@ -31,7 +34,6 @@ class Report(Exporter):
         require_extra()
         import jinja2
 
-        findings = read_findings(pruning)
         environment = jinja2.Environment(
             autoescape=True,
             trim_blocks=True,
@@ -40,6 +42,16 @@ class Report(Exporter):
             loader=jinja2.PackageLoader("sleb_cli.exporters.report", ""),
         )
         environment.filters["picture"] = _to_url
+        if pruning.plan is None and pruning.evaluation:
+            result = EvalResult.model_validate_json(to_json(pruning.evaluation))
+            page: str = environment.get_template("comparison.html.j2").render(
+                result=result,
+                sentences=conclusions(result),
+                tables=evaluation_tables(result, text_names(result.texts)),
+                file=pruning.plan_file,
+            )
+            return page
+        findings = read_findings(pruning)
         sample = findings.plan.sample_generation
         text: str = environment.get_template("page.html.j2").render(
             plan=findings.plan,

@@ -1,0 +1,253 @@
+"""`sleb eval --against`: any two models, against plain code."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from conftest import evaluation, llama_config, opt_config, prose, save_model, write_task
+from sleb_cli.engine.quality import models as quality_models
+from sleb_cli.engine.quality.stages import judge
+from sleb_cli.results import EvalResult
+
+LENGTH = 32
+WINDOWS = 4
+
+
+@pytest.fixture
+def parent(tmp_path):
+    """A model of six blocks."""
+    return save_model(tmp_path / "parent", llama_config())
+
+
+def changed(parent, name, change):
+    """Copy a model, and change its tensors."""
+    folder = shutil.copytree(parent, parent.with_name(name))
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(
+        {key: tensor.contiguous() for key, tensor in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    return folder
+
+
+def set_config(folder, **settings):
+    """Change a model's config."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def logits_of(folder, ids):
+    """Return the log-probabilities of transformers' model, float64 [windows, positions, tokens]."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(ids).logits.double().log_softmax(-1)
+
+
+def windows_of(folder, text):
+    """Return the windows that are read of a text."""
+    ids = AutoTokenizer.from_pretrained(folder)(text.read_text()).input_ids
+    return torch.tensor(ids[: LENGTH * WINDOWS]).view(WINDOWS, LENGTH)
+
+
+def losses(log_p, ids):
+    """Return the loss of each token but the first."""
+    return -log_p[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+
+
+def compare(sleb, other, parent, text, *more):
+    """Compare two models on a text, and return the result."""
+    result = sleb("eval", other, "--against", parent, *evaluation(text), *more, "--json")
+    return result.data
+
+
+@pytest.mark.parametrize("options", [[], ["--stream"]], ids=["resident", "streamed"])
+@pytest.mark.parametrize(
+    "config", [llama_config(4), opt_config()], ids=["shallower", "other class"]
+)
+def test_losses_and_divergence_are_those_of_plain_code(
+    sleb, parent, text_file, tmp_path, config, options
+):
+    other = save_model(tmp_path / "other", config, seed=1)
+    data = compare(sleb, other, parent, text_file, *options)
+    (text,) = data["texts"]
+    (scores,) = text["pruned"]
+    ids = windows_of(parent, text_file)
+    p, q = logits_of(parent, ids), logits_of(other, ids)
+    assert math.log(text["dense"]["perplexity"]) == pytest.approx(
+        float(losses(p, ids).mean()), rel=1e-4
+    )
+    assert math.log(scores["perplexity"]) == pytest.approx(float(losses(q, ids).mean()), rel=1e-4)
+    divergence = (p.exp() * (p - q)).sum(-1)[:, :-1].mean()
+    assert scores["divergence"]["mean"] == pytest.approx(float(divergence), rel=1e-4)
+    assert data["compared"]["stages"] == []
+    assert data["compared"]["shared_tokens"] == 320
+
+
+def test_a_model_with_other_numbers_for_its_tokens_is_the_same(sleb, parent, text_file):
+    order = torch.randperm(320, generator=torch.Generator().manual_seed(0))
+    new_number = order.argsort().tolist()
+
+    def renumber(tensors):
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            rows = tensors[name][order]
+            tensors[name] = torch.cat([rows, torch.full((16, rows.shape[1]), 9.0)])  # padding
+
+    other = changed(parent, "renumbered", renumber)
+    set_config(other, vocab_size=336)
+    file = other / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {token: new_number[old] for token, old in vocabulary.items()}
+    for token in tokenizer["added_tokens"]:
+        token["id"] = new_number[token["id"]]
+    file.write_text(json.dumps(tokenizer))
+    data = compare(sleb, other, parent, text_file)
+    (scores,) = data["texts"][0]["pruned"]
+    assert scores["divergence"]["mean"] < 1e-9
+    assert scores["log_ratio"] == pytest.approx(0, abs=1e-6)
+    assert not any(stage["stands_out"] for stage in data["compared"]["stages"])
+
+
+def test_models_with_other_tokenizers_are_compared_by_bytes(sleb, parent, tmp_path):
+    other = save_model(tmp_path / "other", llama_config(5), seed=3)
+    letters = Tokenizer(models.BPE())
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    letters.train_from_iterator(["zzzz"], trainers.BpeTrainer(initial_alphabet=alphabet))
+    PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="z").save_pretrained(other)
+    text = tmp_path / "text.txt"
+    text.write_text(prose(900).replace(".", ". ü"))
+    length = ["--perplexity", text, "--sequence-length", LENGTH]
+    result = sleb("eval", other, "--against", parent, *length, "--json")
+    (compared,) = result.data["compared"]["bytes"]
+    assert result.data["texts"] == []
+    assert "bits per byte" in result.said
+    for folder, bits in zip((parent, other), compared["bits"], strict=True):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer(text.read_text()).input_ids
+        ids = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
+        size = sum(len(tokenizer.decode(row[1:]).encode()) for row in ids)
+        expected = losses(logits_of(folder, ids), ids).sum() / math.log(2) / size
+        assert bits == pytest.approx(float(expected), rel=0.02)  # of whole stretches alone
+    assert compared["interval"]["low"] < compared["difference"] < compared["interval"]["high"]
+
+
+def test_windows_with_a_token_that_the_other_lacks_are_left_out(sleb, parent, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(prose(60) + "\n" + "~" * 100)
+    other = shutil.copytree(parent, tmp_path / "other")
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text().replace('"~":', '"tilde":'))
+    options = ["--perplexity", text, "--sequence-length", LENGTH, "--json"]
+    result = sleb("eval", other, "--against", parent, *options)
+    (compared,) = result.data["texts"]
+    whole = sleb("eval", parent, *options).data["texts"][0]["windows"]
+    assert whole - 5 < compared["windows"] < whole
+    assert f"{compared['windows']:,} of {whole:,} windows" in result.said
+    assert "Compared on the 319 tokens" in result.said
+    assert compared["pruned"][0]["divergence"]["mean"] < 1e-9
+
+
+FAULTS = {
+    "block 3": lambda tensors: tensors.update(
+        {
+            "model.layers.3.self_attn.q_proj.weight": tensors[
+                "model.layers.3.self_attn.q_proj.weight"
+            ].T
+        }
+    ),
+    "block 0": lambda tensors: tensors["model.layers.0.mlp.down_proj.weight"].neg_(),
+    "block 5": lambda tensors: tensors["model.layers.5.input_layernorm.weight"].fill_(8),
+    "embeddings": lambda tensors: tensors["model.embed_tokens.weight"].mul_(3),
+    "head": lambda tensors: tensors["lm_head.weight"][70].zero_(),
+}
+
+
+@pytest.mark.parametrize("stage", FAULTS)
+def test_a_fault_is_found_where_it_is(sleb, parent, text_file, stage):
+    other = changed(parent, "faulty", FAULTS[stage])
+    stages = compare(sleb, other, parent, text_file)["compared"]["stages"]
+    assert [found["stage"] for found in stages if found["stands_out"]] == [stage]
+
+
+def test_stages_that_differ_alike_do_not_stand_out():
+    alike = {f"block {number}": 0.1 + 0.01 * number for number in range(9)}
+    assert not any(stage.stands_out for stage in judge(alike))
+    assert [stage.stage for stage in judge(alike | {"head": 0.9}) if stage.stands_out] == ["head"]
+
+
+@pytest.mark.parametrize("fits", [True, False], ids=["together", "one at a time"])
+def test_tasks_are_paired(sleb, parent, tmp_path, monkeypatch, fits):
+    other = save_model(tmp_path / "other", opt_config(), seed=1)
+    rows = [
+        {"q": f"{number}", "choices": [" the", " old"], "gold": number % 2} for number in range(24)
+    ]
+    write_task(tmp_path / "tasks", "words", rows)
+    if not fits:
+        monkeypatch.setattr(quality_models, "memory_shortage", lambda *_: "1 GB")
+    options = ["--tasks", "words", "--include-path", tmp_path / "tasks", "--json"]
+    (task,) = sleb("eval", other, "--against", parent, *options).data["tasks"]
+    for folder, scores in ((parent, task["dense"]), (other, task["pruned"][0])):
+        (alone,) = sleb("eval", folder, *options).data["tasks"]
+        assert alone["dense"]["items"] == scores["items"]
+    lost = sum(
+        a > b for a, b in zip(task["dense"]["items"], task["pruned"][0]["items"], strict=True)
+    )
+    assert task["pruned"][0]["lost"] == lost
+
+
+def test_a_checkpoint_against_its_parent_is_what_its_plan_says(sleb, parent, tmp_path, text_file):
+    pruned = tmp_path / "pruned"
+    sleb("apply", parent, "--blocks", "4,1", "-o", pruned)
+    (text,) = compare(sleb, pruned, parent, text_file)["texts"]
+    (planned,) = sleb("eval", parent, "--blocks", "4,1", *evaluation(text_file), "--json").data[
+        "texts"
+    ]
+    for name in ("perplexity", "log_ratio", "divergence"):
+        assert text["pruned"][0][name] == pytest.approx(planned["pruned"][0][name], rel=1e-4)
+
+
+def test_a_result_is_shown_and_exported(sleb, parent, text_file, tmp_path):
+    other = changed(parent, "faulty", FAULTS["block 3"])
+    file = tmp_path / "result.json"
+    shown = sleb("eval", other, "--against", parent, *evaluation(text_file), "-o", file)
+    for words in ("faulty against parent", "Its block 3 stands out", "perplexity changed by"):
+        assert words in " ".join(shown.stdout.split())
+    assert EvalResult.read(file, "the result").compared.name == "faulty"
+    card = sleb("export", file, "--to", "table").stdout
+    assert "block 3 stands out" in card
+    assert "sleb eval" in card
+    assert str(tmp_path) not in card
+    page = tmp_path / "result.report.html"
+    sleb("export", file, "--to", "report")
+    assert "faulty <span>against parent" in page.read_text()
+    assert "is shown alone" in sleb("export", file, file, "--to", "table", code=2).said
+
+
+def test_mistakes_are_answered_in_a_sentence(sleb, parent, tiny_encoder, llama_plan, tmp_path):
+    bare = shutil.copytree(parent, tmp_path / "bare")
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    cases = [
+        ([parent, "--against", parent], 2, "are the same model"),
+        ([tmp_path / "nothing", "--against", parent], 4, "nothing is neither"),
+        ([parent, "--against", tmp_path / "nothing"], 4, "nothing is neither"),
+        ([bare, "--against", parent], 4, "has no tokenizer"),
+        ([llama_plan, "--against", parent], 2, "is a plan"),
+        ([parent, "--against", llama_plan], 2, "is a plan"),
+        (["--against", parent], 2, "needs the model to compare"),
+        ([parent, "--against", tiny_encoder], 2, "is a language model"),
+        ([parent, "--against", bare, "--blocks", "1"], 2, "cannot be combined"),
+        ([parent, "--against", bare, "--device-map", "auto"], 2, "cannot be combined"),
+    ]
+    for words, code, says in cases:
+        assert says in sleb("eval", *words, code=code).said, words
