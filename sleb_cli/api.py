@@ -235,7 +235,7 @@ def _results_folder(subject: Subject) -> Path | None:
     if subject.file is not None:
         return results_folder(subject.file) if subject.own_plan else None
     source = subject.architecture.source
-    if subject.surgery.cuts or source.revision is not None:
+    if subject.other or subject.surgery.cuts or source.revision is not None:
         return None
     is_ours = (source.folder / CHECKPOINT_PLAN).is_file()
     return source.folder / CHECKPOINT_RESULTS if is_ours else None

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import evaluation, llama_config, opt_config, prose, save_model, write_task
+from families import tiny_config
 from sleb_cli.engine.quality import models as quality_models
 from sleb_cli.engine.quality.stages import judge
 from sleb_cli.results import EvalResult
@@ -91,15 +93,18 @@ def test_losses_and_divergence_are_those_of_plain_code(
     assert data["compared"]["shared_tokens"] == 320
 
 
+ORDER = torch.randperm(320, generator=torch.Generator().manual_seed(0))
+
+
+def renumber(tensors):
+    """Give tokens other numbers, and pad the tables."""
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = tensors[name][ORDER]
+        tensors[name] = torch.cat([rows, torch.full((16, rows.shape[1]), 9.0)])
+
+
 def test_a_model_with_other_numbers_for_its_tokens_is_the_same(sleb, parent, text_file):
-    order = torch.randperm(320, generator=torch.Generator().manual_seed(0))
-    new_number = order.argsort().tolist()
-
-    def renumber(tensors):
-        for name in ("model.embed_tokens.weight", "lm_head.weight"):
-            rows = tensors[name][order]
-            tensors[name] = torch.cat([rows, torch.full((16, rows.shape[1]), 9.0)])  # padding
-
+    new_number = ORDER.argsort().tolist()
     other = changed(parent, "renumbered", renumber)
     set_config(other, vocab_size=336)
     file = other / "tokenizer.json"
@@ -179,6 +184,22 @@ def test_a_fault_is_found_where_it_is(sleb, parent, text_file, stage):
     assert [found["stage"] for found in stages if found["stands_out"]] == [stage]
 
 
+def swap_tensors(one, other, tensors):
+    """Swap two tensors."""
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+
+
+def test_a_swapped_expert_is_found(sleb, tmp_path, text_file):
+    parent = save_model(tmp_path / "parent", tiny_config("mixtral", num_hidden_layers=4))
+    experts = [f"model.layers.2.block_sparse_moe.experts.{number}.w2.weight" for number in (0, 1)]
+
+    swap = partial(swap_tensors, *experts)
+    stages = compare(sleb, changed(parent, "swapped", swap), parent, text_file)["compared"][
+        "stages"
+    ]
+    assert [found["stage"] for found in stages if found["stands_out"]] == ["block 2"]
+
+
 def test_stages_that_differ_alike_do_not_stand_out():
     alike = {f"block {number}": 0.1 + 0.01 * number for number in range(9)}
     assert not any(stage.stands_out for stage in judge(alike))
@@ -203,6 +224,21 @@ def test_tasks_are_paired(sleb, parent, tmp_path, monkeypatch, fits):
         a > b for a, b in zip(task["dense"]["items"], task["pruned"][0]["items"], strict=True)
     )
     assert task["pruned"][0]["lost"] == lost
+
+
+def test_each_model_is_asked_in_its_own_chat_template(sleb, parent, tmp_path):
+    other = shutil.copytree(parent, tmp_path / "other")
+    for folder, mark in ((parent, "Q"), (other, "Ask")):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = mark + ": {{ messages[0]['content'] }}"
+        tokenizer.save_pretrained(folder)
+    rows = [{"q": f"{number}", "choices": [" the", " old"], "gold": 0} for number in range(8)]
+    write_task(tmp_path / "tasks", "words", rows)
+    options = ["--tasks", "words", "--include-path", tmp_path / "tasks", "--apply-chat-template"]
+    result = sleb("eval", other, "--against", parent, *options, "--json")
+    assert "different chat templates" in result.said
+    (alone,) = sleb("eval", other, *options, "--json").data["tasks"]
+    assert result.data["tasks"][0]["pruned"][0]["items"] == alone["dense"]["items"]
 
 
 def test_a_checkpoint_against_its_parent_is_what_its_plan_says(sleb, parent, tmp_path, text_file):

@@ -272,7 +272,10 @@ def _run_task(
         write_cached("answers", key, answers[()], what, models.notify)
     pruned = [(size, answers[size]) for size in sizes]
     results = []
-    for result in compare_task(answers[()], pruned, evaluation.show_flips):
+    other = evaluation.compared
+    own_prompts = other is not None and not other.same_chat_template
+    shown = evaluation.show_flips
+    for result in compare_task(answers[()], pruned, shown, own_prompts=own_prompts):
         changes = {
             "fingerprint": fingerprints.get(result.task),
             "limit": task.limit,

@@ -41,12 +41,17 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 
 def compare_task(
-    dense: Results, pruned: Sequence[tuple[tuple[int, ...], Results]], show_flips: int = 0
+    dense: Results,
+    pruned: Sequence[tuple[tuple[int, ...], Results]],
+    show_flips: int = 0,
+    *,
+    own_prompts: bool = False,
 ) -> list[TaskResult]:
     """Compare a task's or group's results on the dense and each pruned model, by removals.
 
     Each metric gives one comparison, for each filter of a task. Up to `show_flips` items that only
-    one model gets right are shown.
+    one model gets right are shown. With `own_prompts`, models are asked in different words, such as
+    in chat templates of their own.
 
     Raises:
         DataError: the models were asked different items.
@@ -58,8 +63,29 @@ def compare_task(
             metric, comma, filtered = key.partition(",")
             if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
                 measure = _Measure(task, metric, filtered)
+                _require_same_items(measure, dense, pruned, own_prompts=own_prompts)
                 compared.append(_compare(measure, dense, pruned, show_flips))
     return compared
+
+
+def _require_same_items(
+    measure: _Measure,
+    dense: Results,
+    pruned: Sequence[tuple[tuple[int, ...], Results]],
+    *,
+    own_prompts: bool,
+) -> None:
+    names = ["doc_hash", "target_hash"]
+    if not own_prompts:
+        names.append("prompt_hash")
+
+    asked = [[sample[name] for name in names] for sample in _samples(dense, measure)]
+    for _, results in pruned:
+        if [[sample[name] for name in names] for sample in _samples(results, measure)] != asked:
+            raise DataError(
+                f"The items of {measure.task} are not the same for each model.",
+                hint="Its prompts may be drawn at random: have the task's code set a seed.",
+            )
 
 
 class _Measure(NamedTuple):
@@ -80,11 +106,6 @@ def _compare(
     items = [_hashes(sample) for sample in samples]
     compared = []
     for removals, results in pruned:
-        if [_hashes(sample) for sample in _samples(results, measure)] != items:
-            raise DataError(
-                f"The items of {measure.task} are not the same for each model.",
-                hint="Its prompts may be drawn at random: have the task's code set a seed.",
-            )
         compared.append(_pruned_scores(measure, dense, results, removals, show_flips))
     tasks = sorted(_tasks_of(dense, measure.task))
     if not items:  # a group has the items of its tasks
