@@ -17,6 +17,7 @@ SAME = 1e-3
 """Below this KL, in nats, predictions differ by rounding."""
 ROUNDING = 1e-3
 """Stages that all differ by less compute the same."""
+_MANY = 2.0
 BAR = 24
 """The characters of the longest bar."""
 
@@ -54,7 +55,7 @@ def bits_per_byte(results: Sequence[BytesResult]) -> Table:
 
 def stages(records: Sequence[StageRecord]) -> Table:
     """Draw how far each stage is from the dense model's, given the same hidden states."""
-    columns: list[Column] = [("stage", str), ("differs by", format_share), ("", str)]
+    columns: list[Column] = [("stage", str), ("differs by", _difference), ("", str)]
     most = max((record.difference for record in records), default=0.0)
     rows = []
     for record in records:
@@ -69,14 +70,20 @@ def stages(records: Sequence[StageRecord]) -> Table:
     return tabulate("Where they differ", columns, rows, notes)
 
 
+def _difference(difference: float) -> str:
+    return format_share(difference) if difference < _MANY else f"{difference:,.0f}x"
+
+
 def conclusions(result: EvalResult) -> list[str]:
     """Say in sentences what the other model lost."""
     compared = result.compared
     if compared is None:
         return []
     before, after = compared.files_bytes
-    size = f"{format_bytes(after)} instead of {format_bytes(before)}"
-    sentences = [f"{compared.name} takes {size} ({format_share(after / before)})."]
+    size = f"{format_bytes(after)} on disk"
+    if after != before:
+        size += f" instead of {format_bytes(before)} ({format_share(after / before)})"
+    sentences = []
     broken = [text for text in result.texts if _divergence(text) > BROKEN]
     for text in broken:
         sentences.append(f"It is broken: KL {_divergence(text):.1f} on {_named(text)}.")
@@ -88,9 +95,9 @@ def conclusions(result: EvalResult) -> list[str]:
         if record.stands_out:
             sentences.append(
                 f"Its {record.stage} stands out: on the same hidden states, it differs by "
-                f"{format_share(record.difference)}."
+                f"{_difference(record.difference)}."
             )
-    return sentences
+    return [*sentences, f"It takes {size}."]
 
 
 def _named(text: TextResult) -> str:

@@ -61,9 +61,7 @@ def shared_tokens(subject: Subject, request: EvalRequest, notify: Notify) -> Sha
         UsageError: they differ, and a corpus is to be read.
         ModelError: one has no tokenizer.
     """
-    dense = subject.architecture
-    other = subject.other
-    assert other
+    dense, other = subject.pair
     shared = share_tokens(
         (load_tokenizer(dense.source), dense), (load_tokenizer(other.source), other)
     )
@@ -117,21 +115,17 @@ def _read_alike(windows: EvaluationWindows, models: Models) -> EvaluationWindows
 def _cut_by_bytes(
     windows: EvaluationWindows, models: Models, request: EvalRequest
 ) -> tuple[ByteWindows, ByteWindows]:
-    dense = models.architecture
-    other = models.subject.other
-    assert other
-    lengths = [choose_length(request.sequence_length, model) for model in (dense, other)]
+    lengths = [choose_length(request.sequence_length, model) for model in models.subject.pair]
     cut = partial(cut_by_bytes, text=windows.text, length=min(lengths), most=request.max_windows)
     return cut(models.tokenizer(())), cut(models.tokenizer(OTHER))
 
 
 def describe_other(subject: Subject, shared: SharedTokens | None) -> ComparedRecord:
     """Record the other model, and what is known of the pair."""
-    assert subject.other
-    pair = (subject.architecture, subject.other)
-    before, after = map(_files_bytes, pair)
+    before, after = map(_files_bytes, subject.pair)
+    _, other = subject.pair
     return ComparedRecord(
-        model=subject.other.record,
+        model=other.record,
         files_bytes=(before, after),
         tokens=vocabulary_sizes(subject),
         shared_tokens=len(shared.dense) if shared else None,
@@ -141,18 +135,16 @@ def describe_other(subject: Subject, shared: SharedTokens | None) -> ComparedRec
 
 def vocabulary_sizes(subject: Subject) -> tuple[int, int]:
     """Return how many tokens the tokenizers of two models have that are compared."""
-    assert subject.other
-    sizes = [len(load_tokenizer(subject.architecture.source).get_vocab())]
-    sizes.append(len(load_tokenizer(subject.other.source).get_vocab()))
-    return sizes[0], sizes[1]
+    dense, other = [load_tokenizer(model.source).get_vocab() for model in subject.pair]
+    return len(dense), len(other)
 
 
 def same_chat_template(subject: Subject) -> bool:
     """Whether two models that are compared have the same chat template, or none."""
-    assert subject.other
     templates = []
-    for source in (subject.architecture.source, subject.other.source):
-        templates.append(getattr(load_tokenizer(source), "chat_template", None) or None)
+    for model in subject.pair:
+        tokenizer = load_tokenizer(model.source)
+        templates.append(getattr(tokenizer, "chat_template", None) or None)
     return bool(templates[0] == templates[1])
 
 

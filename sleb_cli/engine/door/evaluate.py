@@ -78,11 +78,11 @@ def resolve_evaluation(
     architecture = subject.architecture
     _require_measurable(request, architecture)
     shared = None
-    if subject.is_comparison:
+    if subject.compared:
         shared = group.main_first(partial(shared_tokens, subject, request, notify))
     place = partial(_place_models, subject, request, notify, group)
     surgeries = plan_surgeries(subject, named.sizes)
-    placement = place(tasks=bool(request.tasks) and not subject.is_comparison)
+    placement = place(tasks=bool(request.tasks) and not subject.compared)
     models = Models(subject, surgeries, placement, group, notify, shared)
     task_models = models
     if request.tasks and placement.stream:  # two models that do not fit together
@@ -101,7 +101,7 @@ def resolve_evaluation(
         notify(Notice(sentence))
     compared = None
     by_bytes: tuple[tuple[ByteWindows, ByteWindows], ...] = ()
-    if subject.is_comparison:
+    if subject.compared:
         texts, by_bytes = compare_texts(texts, models, request)
         compared = describe_other(subject, shared if texts or not by_bytes else None)
     return Evaluation(
@@ -160,7 +160,7 @@ def _place_models(
     dtype = request.dtype or AUTO
     reserved = 0
     if subject.other:
-        if dtype == AUTO and subject.is_comparison:
+        if dtype == AUTO and subject.compared:
             dtype = _wider_dtype(architecture, subject.other)
         reserved = model_bytes(subject.other, parse_dtype(dtype, architecture.dtype))
     choose = partial(
@@ -176,7 +176,7 @@ def _place_models(
     placement = group.from_main(choose)
     if (
         subject.other
-        and not subject.is_comparison
+        and not subject.compared
         and (placement.stream or request.device_map is not None)
     ):
         raise UsageError(
@@ -251,7 +251,7 @@ def _notices(texts: Sequence[EvaluationWindows], subject: Subject) -> list[str]:
     if alone and plan.is_file():
         command = f"sleb eval {in_shell(str(plan))}"
         notices.append(f"Measured alone: `{command}` compares it with the dense model.")
-    if subject.other and not subject.is_comparison:
+    if subject.other and not subject.compared:
         name = subject.other.source.id
         notices.append(f"The pruned model is {name}, with its recovered weights.")
     used = _texts_used(subject)

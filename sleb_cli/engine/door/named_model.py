@@ -26,7 +26,7 @@ def needs_language_head(what: str, architecture: Architecture) -> str:
 def plan_surgeries(subject: Subject, sizes: Sequence[int]) -> tuple[Surgery, ...]:
     """Plan the surgery for each size to be measured."""
     most = len(subject.surgery.size_key)
-    if subject.is_comparison:
+    if subject.compared:
         return ()
     if subject.other and tuple(sizes) != (most,):
         raise _has_one_size(subject.other.source, most)

@@ -166,9 +166,7 @@ class _Run:
         for dense, others in self.evaluation.by_bytes:
             by_bytes.append(measure_bytes(dense, others, self.models, batch_size))
         stages: tuple[StageRecord, ...] = ()
-        subject = self.models.subject
-        assert subject.other
-        if self.evaluation.texts and have_same_stages(subject.architecture, subject.other):
+        if self.evaluation.texts and have_same_stages(*self.models.subject.pair):
             stages = compare_stages(self.models, self.evaluation.texts[0].ids, batch_size)
         return other.model_copy(update={"bytes": tuple(by_bytes), "stages": stages})
 

@@ -19,6 +19,7 @@ from sleb_cli.engine.forward.placement import open_model
 from sleb_cli.engine.forward.predictions import SharedPredictions
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.memory import memory_shortage
+from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.padded import Tokens
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.vocabularies import SharedTokens
@@ -57,7 +58,7 @@ class Models:
         self.notify = notify
         self.surgeries = {surgery.size_key: surgery for surgery in surgeries}
         """The surgery of each pruned model, by its size."""
-        if subject.is_comparison:
+        if subject.compared:
             self.surgeries = {OTHER: Surgery(self.architecture)}
         self.sizes = tuple(self.surgeries)
         self.one_at_a_time = self._must_take_turns()
@@ -66,11 +67,16 @@ class Models:
         """
         self._loaded: dict[SizeKey, SkippableModel] = {}
 
+    def architecture_of(self, size: SizeKey) -> Architecture:
+        """Return the model that a size is made of: in a comparison, the other one."""
+        if size and self.subject.compared:
+            return self.subject.compared
+        return self.architecture
+
     def name(self, size: SizeKey) -> str:
         """Name a size's model in messages."""
-        if self.subject.other and self.subject.is_comparison:
-            named = self.subject.other if size else self.architecture
-            return named.source.id
+        if self.subject.compared:
+            return self.architecture_of(size).source.id
         if not size:
             return "dense model"
         return f"model {self.subject.order.describe(size)}"
@@ -83,23 +89,19 @@ class Models:
 
     def alone(self) -> Models:
         """Return the other model of a comparison as a dense one."""
-        assert self.subject.other
-        subject = Subject(Surgery(self.subject.other), None)
+        _, other = self.subject.pair
+        subject = Subject(Surgery(other), None)
         return Models(subject, (), self.placement, self.group, self.notify)
 
     def short_name(self, size: SizeKey) -> str:
         """Name a size's model in a line of progress."""
-        if self.subject.other and self.subject.is_comparison:
-            named = self.subject.other if size else self.architecture
-            return named.source.name
+        if self.subject.compared:
+            return self.architecture_of(size).source.name
         return f"{len(size)} removed" if size else "dense"
 
     def tokenizer(self, size: SizeKey) -> Any:
         """Return the tokenizer of a size's model."""
-        architecture = self.architecture
-        if self.subject.other and self.subject.is_comparison and size:
-            architecture = self.subject.other
-        return load_tokenizer(architecture.source)
+        return load_tokenizer(self.architecture_of(size).source)
 
     def without(self, removals: SizeKey) -> SkippableModel:
         """Return the model of one of `sizes`, or the dense one.
@@ -144,7 +146,7 @@ class Models:
 
     def _must_take_turns(self) -> bool:
         placement = self.placement
-        if not self.subject.is_comparison and (
+        if not self.subject.compared and (
             self.architecture.is_quantized or placement.device_map is not None or placement.stream
         ):
             return True
@@ -153,8 +155,8 @@ class Models:
     def _are_too_large(self) -> bool:
         dtype = self.placement.dtype
         weights = model_bytes(self.architecture, dtype)
-        if self.subject.other and self.subject.is_comparison:
-            weights += model_bytes(self.subject.other, dtype)
+        if self.subject.compared:
+            weights += model_bytes(self.subject.compared, dtype)
         elif self.subject.plan is None or self.subject.order.whole_blocks:
             return False
         else:

@@ -230,7 +230,7 @@ class Scorer:
 
     def _others_fork(self) -> bool:
         # Another model may be of a class that does not run block by block.
-        if not self.models.subject.is_comparison or OTHER not in self.sizes:
+        if not self.models.subject.compared or OTHER not in self.sizes:
             return True
         other, _ = self._model(OTHER)
         ids = self.models.own_tokens(OTHER, self.parts[0][:1, :CHECKED_TOKENS])
@@ -246,7 +246,7 @@ class Scorer:
         # If two models may not fit into memory, the dense one stands in, with the surgery to make
         # on it.
         surgery = Surgery(self.models.architecture)
-        if self.models.one_at_a_time and size and not self.models.subject.is_comparison:
+        if self.models.one_at_a_time and size and not self.models.subject.compared:
             surgery = self.models.surgeries[size]
             size = ()
         if size not in self.skippable:

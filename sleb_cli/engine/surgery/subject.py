@@ -35,9 +35,15 @@ class Subject:
         return self.surgery.architecture
 
     @property
-    def is_comparison(self) -> bool:
-        """Whether any two models are compared."""
-        return self.other is not None and self.plan is None
+    def compared(self) -> Architecture | None:
+        """The other model, if any two are compared."""
+        return None if self.plan else self.other
+
+    @property
+    def pair(self) -> tuple[Architecture, Architecture]:
+        """The dense and the other model of a comparison."""
+        assert self.compared
+        return self.architecture, self.compared
 
     @property
     def order(self) -> Order:
