@@ -169,7 +169,7 @@ class Heal(Stage):
 class HealReader(Heal):
     """Training of all weights of the blocks, of a model that only reads."""
 
-    rate: ClassVar[float] = 2e-4
+    rate: ClassVar[float] = 1e-4
     rank: ClassVar[int | None] = None
 
     def trained_numbers(self, shape: Sequence[int]) -> int:
