@@ -19,6 +19,7 @@ class Corpus:
     Attributes:
         queries: what is asked of the texts; if there are none, the texts ask each other.
         gains: for each query, how relevant each judged text is, by its number.
+        own: for each query, the text of the same id, if any, which does not answer it.
         items: the texts or pairs in their order, for models that classify them.
         labels: the class of each item, where it is known.
     """
@@ -26,6 +27,7 @@ class Corpus:
     texts: Sequence[str]
     queries: Sequence[str] = ()
     gains: Sequence[Mapping[int, float]] = ()
+    own: Sequence[int | None] = ()
     items: Sequence[str | tuple[str, str]] = ()
     labels: Sequence[Label | None] = ()
 
@@ -61,7 +63,8 @@ def read_lines(name: str) -> Corpus:
         items.append((line.query, line.text))
         gain = 1.0 if line.label is None or isinstance(line.label, str) else line.label
         queries.setdefault(line.query, {})[number] = gain
-    return Corpus(list(texts), list(queries), list(queries.values()), items, labels)
+    gains = list(queries.values())
+    return Corpus(list(texts), list(queries), gains, [None] * len(gains), items, labels)
 
 
 def read_folder(name: str) -> Corpus:
@@ -85,7 +88,11 @@ def read_folder(name: str) -> Corpus:
                 gains[query][numbers[text]] = gain
     judged = [query for query in queries if gains[query] or not files]
     return Corpus(
-        texts, [queries[query] for query in judged], [gains[query] for query in judged], texts
+        texts,
+        [queries[query] for query in judged],
+        [gains[query] for query in judged],
+        [numbers.get(query) for query in judged],
+        texts,
     )
 
 

@@ -10,7 +10,8 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from conftest import WORDS, prose
-from sleb_cli.engine.quality.corpus import ndcg, of_others, rank_correlation
+from encoders import add_modules, save_reader, word_pieces
+from sleb_cli.engine.quality.corpus import ndcg, rank_correlation
 
 TEXTS = prose(240).splitlines()
 QUERIES = [" ".join(WORDS[start : start + 3]) for start in range(0, 30, 3)]
@@ -236,9 +237,39 @@ def test_what_cannot_be_measured_is_refused(run_sleb, request, tmp_path, model, 
     assert said in result.said
 
 
+@pytest.mark.parametrize(("own", "is_found"), [("q0", False), ("d0", True)])
+@pytest.mark.parametrize(("model", "count"), [("tiny_encoder", 40), ("tiny_reranker", 1)])
+def test_the_text_of_its_own_id_answers_no_query(sleb, request, beir, model, count, own, is_found):
+    texts = [{"_id": f"d{n}", "text": "river"} for n in range(count + 1)]
+    texts[0] = {"_id": own, "text": QUERIES[0]}
+    write_lines(beir / "corpus.jsonl", texts)
+    judgements = f"query-id\tcorpus-id\tscore\nq0\t{own}\t1\nq1\td1\t1"
+    (beir / "qrels" / "test.tsv").write_text(judgements)
+    measured = measures(sleb("eval", request.getfixturevalue(model), "--corpus", beir, "--json"))
+    for name in ("MRR@10", "MRR@10, own index"):
+        if name in measured:
+            assert (measured[name]["dense"]["items"][0] > 0) == is_found
+
+
+def test_vectors_of_a_model_for_dot_products_are_ranked_by_these(sleb, tmp_path):
+    folder = save_reader(tmp_path / "model", word_pieces(prose(200)))
+    add_modules(folder, modules=("Transformer", "Pooling"), similarity_fn_name="dot")
+    (tmp_path / "texts.txt").write_text(prose(240))
+    words = ["eval", folder, "--blocks", 2, "--corpus", "texts.txt", "--json"]
+    measured = measures(sleb(*words, "--sequence-length", 24))
+    dense = reading(folder, TEXTS, length=24)
+    pruned = reading(folder, TEXTS, {2}, length=24)
+    before = top_ten((dense @ dense.T).fill_diagonal_(-math.inf))
+    after = top_ten((pruned @ dense.T).fill_diagonal_(-math.inf))
+    shares = []
+    for one, other in zip(before, after, strict=True):
+        shares.append(len({*one} & {*other}) / 10)
+    assert measured["neighbours, old index"]["pruned"][0]["items"] == shares
+
+
 def test_measures_on_paper():
-    similarities = torch.tensor([[-math.inf, 1.0, 2.0], [3.0, -math.inf, 1.0]])
-    assert of_others(similarities).tolist() == [[1, 2], [3, 1]]
     assert ndcg([3, 1], {1: 1.0, 2: 3.0}) == pytest.approx(0.6309 / (3 + 0.6309), abs=1e-4)
-    ranked = rank_correlation(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 3.0, 2.0]]))
-    assert ranked == [0.5]
+    own = -math.inf
+    one = torch.tensor([[1.0, 2.0, 3.0, own], [3.0, own, 2.0, 1.0]])
+    other = torch.tensor([[1.0, 3.0, 2.0, own], [7.0, own, 5.0, 4.0]])
+    assert rank_correlation(one, other) == [0.5, 1.0]

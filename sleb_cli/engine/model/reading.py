@@ -57,6 +57,7 @@ class Reading:
         lower_case: whether texts are written in lower case first.
         prompts: texts to begin with, by name.
         prompt: the name of the one that is used.
+        by_cosine: whether vectors are compared by their cosine, not by dot products.
     """
 
     output: OutputKind
@@ -66,6 +67,7 @@ class Reading:
     lower_case: bool = False
     prompts: Mapping[str, str] = field(default_factory=dict)
     prompt: str | None = None
+    by_cosine: bool = True
 
 
 def find_reading(source: ModelSource, config: Any, notify: Notify) -> Reading | None:
@@ -129,6 +131,7 @@ def _read_modules(source: ModelSource) -> Reading:
         lower_case=bool(settings.get("do_lower_case")),
         prompts=prompts,
         prompt=_value(whole, "default_prompt_name", str, source),
+        by_cosine=whole.get("similarity_fn_name") != "dot",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -46,22 +47,47 @@ Measures = dict[str, list[float]]
 """The values of each query, text or pair, by the name of the measure."""
 
 
-@dataclass(frozen=True)
-class CorpusTexts:
-    """What a model reads of a corpus.
+class Comparison(ABC):
+    """How outputs of one kind are compared with the dense model's, on a corpus.
 
     Attributes:
-        texts: texts, and then queries, for vectors; each query with its candidates for scores.
-        gains: how relevant each judged text is to each query, by its number.
-        candidates: the numbers of the texts that are scored for each query.
-        labels: the class of each text or pair; None where it is not known.
+        needed: how many texts there must be at least.
+        count: how many texts there are.
+        items: what is read.
+        queries: what is read after that, with a prompt of its own.
+    """
+
+    needed = 2
+
+    def __init__(self, corpus: Corpus, architecture: Architecture) -> None:
+        self.corpus = corpus
+        self.count = len(corpus.texts)
+        self.items: Sequence[Item] = corpus.texts
+        self.queries: Sequence[str] = ()
+
+    @abstractmethod
+    def measures(self, outputs: Tensor, dense: Tensor) -> Measures:
+        """Compare outputs, [items and queries, width]."""
+
+    def _judge(self, measures: Measures, index: str, ranking: Sequence[int], query: int) -> None:
+        """Measure a ranking of texts, if one of them is known to be relevant to the query."""
+        if query < len(self.corpus.gains):
+            gains = self.corpus.gains[query]
+            if max(gains.values(), default=0) > 0:
+                measures[f"nDCG@10{index}"].append(ndcg(ranking, gains))
+                measures[f"MRR@10{index}"].append(reciprocal_rank(ranking, gains))
+
+
+@dataclass(frozen=True)
+class CorpusTexts:
+    """What a model reads of a corpus, and what is measured.
+
+    Attributes:
         description: the fields of a `CorpusResult` that identify the texts.
     """
 
     texts: PaddedTexts
-    gains: Sequence[Mapping[int, float]]
-    candidates: Sequence[Sequence[int]]
-    labels: Sequence[int | None]
+    comparison: Comparison
     description: dict[str, Any]
 
 
@@ -81,40 +107,37 @@ def tokenize_corpus(
         DataError: there are too few texts, or a label is no class of the model.
         UsageError: the model has no prompt of this name.
     """
+    comparison = COMPARISONS[str(architecture.record.output)](corpus, architecture)
+    if comparison.count < comparison.needed:
+        raise DataError(
+            f"{name} has {plural(comparison.count, 'text')}, but needs at least "
+            f"{comparison.needed}.",
+            hint="Add more texts to it.",
+        )
     shapes = [_shape(architecture, length, prompt)]
-    candidates: list[list[int]] = []
-    labels: list[int | None] = []
-    items: Sequence[Item] = corpus.texts
-    output = architecture.record.output
-    if output == "classes":
-        items = corpus.items
-        labels = [_class_of(label, architecture.config) for label in corpus.labels]
-    elif output == "scores":
-        candidates, items = _pair(corpus)
-    elif corpus.queries:
+    if comparison.queries:
         shapes = [
             _shape(architecture, length, prompt, QUERY_PROMPTS),
             _shape(architecture, length, None, TEXT_PROMPTS),
         ]
-    needed = NEAREST + 2 if output == "vectors" else 2
-    if len(items) < needed:
-        raise DataError(
-            f"{name} has {plural(len(items), 'text')}, but needs at least {needed}.",
-            hint="Add more texts to it.",
-        )
-    texts = pad_texts(tokenizer, items, shapes[-1])
-    if len(shapes) > 1:
-        texts = join([texts, pad_texts(tokenizer, corpus.queries, shapes[0])])
-    known = {"tokens": tokens_sha256(texts.ids), "gains": corpus.gains, "labels": labels}
+    texts = pad_texts(tokenizer, comparison.items, shapes[-1])
+    if comparison.queries:
+        texts = join([texts, pad_texts(tokenizer, comparison.queries, shapes[0])])
+    known = {
+        "tokens": tokens_sha256(texts.ids),
+        "gains": corpus.gains,
+        "own": corpus.own,
+        "labels": corpus.labels,
+    }
     description = {
         "corpus": local_path(name).name,
-        "texts": len(corpus.texts if output == "scores" else items),
+        "texts": comparison.count,
         "queries": len(corpus.queries),
         "sequence_length": length,
         "prompts": tuple(shape.prompt for shape in shapes),
         "sha256": name_of(known),
     }
-    return CorpusTexts(texts, corpus.gains, candidates, labels, description)
+    return CorpusTexts(texts, comparison, description)
 
 
 def _shape(
@@ -129,32 +152,6 @@ def _shape(
     shape = shape_of(architecture, length, prompt)
     assert shape is not None
     return shape
-
-
-def _pair(corpus: Corpus) -> tuple[list[list[int]], list[Item]]:
-    """Choose the texts that are scored for each query, and pair them with it."""
-    numbers = range(len(corpus.texts))
-    if not corpus.queries:
-        return [list(numbers)], list(corpus.texts)
-    drawn = random.Random(0)
-    candidates = []
-    pairs: list[Item] = []
-    for query, gains in zip(corpus.queries, corpus.gains, strict=True):
-        others = drawn.sample(numbers, min(UNJUDGED, len(numbers)))
-        candidates.append(list(dict.fromkeys([*gains, *others])))
-        pairs += [(query, corpus.texts[number]) for number in candidates[-1]]
-    return candidates, pairs
-
-
-def _class_of(label: Label | None, config: Any) -> int | None:
-    """Return the number of a class, which is given by its number or its name."""
-    number: Any = config.label2id.get(label, label)
-    if number is not None and number not in range(config.num_labels):
-        raise DataError(
-            f"The model has no class {label!r}.",
-            hint=f"Its classes are {', '.join(config.label2id)}.",
-        )
-    return None if number is None else int(number)
 
 
 def measure_corpus(
@@ -173,11 +170,9 @@ def measure_corpus(
         )
         scored = scorer.score_all(f"Reading {corpus.description['corpus']}", "texts")
     outputs = [scores["output"][order.argsort()] for scores in scored]
-    if not all(bool(output.isfinite().all()) for output in outputs):
+    if not torch.cat(outputs).isfinite().all():
         raise ModelError("A model puts out NaN or infinity.", hint="Try --dtype float32.")
-    output = models.architecture.record.output
-    measure = {"vectors": _of_vectors, "scores": _of_scores, "classes": _of_classes}[str(output)]
-    measures = [measure(corpus, of_size, outputs[0]) for of_size in outputs]
+    measures = [corpus.comparison.measures(of_size, outputs[0]) for of_size in outputs]
     results = []
     for name in measures[0]:
         dense, *pruned = [_scores(of_size[name]) for of_size in measures]
@@ -199,75 +194,121 @@ def _scores(items: Sequence[float]) -> TaskScores:
     return TaskScores(value=fmean(items), stderr=None, interval=None, items=tuple(items))
 
 
-def _of_vectors(corpus: CorpusTexts, vectors: Tensor, dense: Tensor) -> Measures:
-    """Have each query, or each text, find the nearest texts in two indices."""
-    vectors = functional.normalize(vectors)
-    dense = functional.normalize(dense)
-    count = corpus.description["texts"]
-    first = count if corpus.gains else 0
-    measures: Measures = defaultdict(list)
-    for start in range(first, len(vectors), QUERIES_AT_ONCE):
-        rows = slice(start, start + QUERIES_AT_ONCE)
-        wanted = dense[rows] @ dense[:count].T
-        indices = {
-            "old index": vectors[rows] @ dense[:count].T,
-            "own index": vectors[rows] @ vectors[:count].T,
-        }
-        if not corpus.gains:  # no text finds itself
-            for similarities in (wanted, *indices.values()):
-                similarities.diagonal(start).fill_(-torch.inf)
-        nearest = wanted.topk(NEAREST).indices
-        for index, similarities in indices.items():
-            ranked = similarities.topk(NEAREST).indices
-            same = ranked.unsqueeze(1) == nearest.unsqueeze(2)
-            measures[f"neighbours, {index}"] += (same.sum((1, 2)).double() / NEAREST).tolist()
-            for query, ranking in enumerate(ranked.tolist(), start=start - first):
-                _judge(measures, f", {index}", ranking, corpus.gains[query : query + 1])
-        measures["rank correlation"] += rank_correlation(
-            of_others(indices["own index"]), of_others(wanted)
+class VectorComparison(Comparison):
+    """Each query, or each text, finds the nearest texts in two indices."""
+
+    needed = NEAREST + 2
+
+    def __init__(self, corpus: Corpus, architecture: Architecture) -> None:
+        super().__init__(corpus, architecture)
+        self.queries = corpus.queries
+        assert architecture.reading is not None
+        self._by_cosine = architecture.reading.by_cosine
+
+    def measures(self, outputs: Tensor, dense: Tensor) -> Measures:
+        """Say how many of the nearest texts stay, and how good the first are."""
+        if self._by_cosine:
+            outputs = functional.normalize(outputs)
+            dense = functional.normalize(dense)
+        own = self.corpus.own or range(self.count)  # no text finds itself
+        first = len(outputs) - len(own)
+        texts = dense[: self.count].T
+        measures: Measures = defaultdict(list)
+        for start in range(0, len(own), QUERIES_AT_ONCE):
+            rows = slice(first + start, first + start + QUERIES_AT_ONCE)
+            wanted = dense[rows] @ texts
+            indices = {
+                "old index": outputs[rows] @ texts,
+                "own index": outputs[rows] @ outputs[: self.count].T,
+            }
+            for row, text in enumerate(own[start : start + QUERIES_AT_ONCE]):
+                if text is not None:
+                    for similarities in (wanted, *indices.values()):
+                        similarities[row, text] = -torch.inf
+            nearest = wanted.topk(NEAREST).indices
+            for index, similarities in indices.items():
+                ranked = similarities.topk(NEAREST).indices
+                same = ranked.unsqueeze(1) == nearest.unsqueeze(2)
+                measures[f"neighbours, {index}"] += (same.sum((1, 2)).double() / NEAREST).tolist()
+                for query, ranking in enumerate(ranked.tolist(), start=start):
+                    self._judge(measures, f", {index}", ranking, query)
+            measures["rank correlation"] += rank_correlation(indices["own index"], wanted)
+        return measures
+
+
+class ScoreComparison(Comparison):
+    """A reranker sorts the judged texts of each query, and some others."""
+
+    def __init__(self, corpus: Corpus, architecture: Architecture) -> None:
+        super().__init__(corpus, architecture)
+        numbers = range(self.count)
+        self._candidates: list[Sequence[int]] = []
+        if not corpus.queries:
+            self._candidates.append(numbers)
+            return
+        drawn = random.Random(0)
+        pairs: list[Item] = []
+        for query, gains, own in zip(corpus.queries, corpus.gains, corpus.own, strict=True):
+            others = drawn.sample(numbers, min(UNJUDGED, self.count))
+            chosen = [number for number in dict.fromkeys([*gains, *others]) if number != own]
+            self._candidates.append(chosen)
+            pairs += [(query, corpus.texts[number]) for number in chosen]
+        self.items = pairs
+
+    def measures(self, outputs: Tensor, dense: Tensor) -> Measures:
+        """Compare the order of the candidates of each query."""
+        measures: Measures = defaultdict(list)
+        start = 0
+        for query, texts in enumerate(self._candidates):
+            rows = slice(start, start + len(texts))
+            start = rows.stop
+            row = outputs[rows].T
+            if len(texts) > 1:
+                measures["rank correlation"] += rank_correlation(row, dense[rows].T)
+            places = row[0].argsort(descending=True, stable=True)
+            self._judge(measures, "", [texts[place] for place in places], query)
+        return measures
+
+
+class ClassComparison(Comparison):
+    """A classifier chooses a class for each text or pair."""
+
+    def __init__(self, corpus: Corpus, architecture: Architecture) -> None:
+        super().__init__(corpus, architecture)
+        self.items = corpus.items
+        self.count = len(corpus.items)
+        self._labels = [_class_of(label, architecture.config) for label in corpus.labels]
+
+    def measures(self, outputs: Tensor, dense: Tensor) -> Measures:
+        """Compare the classes with the dense model's, and with labels."""
+        classes = outputs.argmax(-1)
+        measures = {"same class": (classes == dense.argmax(-1)).double().tolist()}
+        right = []
+        for chosen, label in zip(classes.tolist(), self._labels, strict=False):
+            if label is not None:
+                right.append(float(chosen == label))
+        if right:
+            measures["accuracy"] = right
+        return measures
+
+
+COMPARISONS: dict[str, type[Comparison]] = {
+    "vectors": VectorComparison,
+    "scores": ScoreComparison,
+    "classes": ClassComparison,
+}
+"""By what the model puts out."""
+
+
+def _class_of(label: Label | None, config: Any) -> int | None:
+    """Return the number of a class, which is given by its number or its name."""
+    number: Any = config.label2id.get(label, label)
+    if number is not None and number not in range(config.num_labels):
+        raise DataError(
+            f"The model has no class {label!r}.",
+            hint=f"Its classes are {', '.join(config.label2id)}.",
         )
-    return measures
-
-
-def of_others(similarities: Tensor) -> Tensor:
-    """Leave out each text's similarity to itself, which is -inf."""
-    others = similarities.masked_select(similarities > -torch.inf)
-    return others.view(len(similarities), -1)
-
-
-def _of_scores(corpus: CorpusTexts, scores: Tensor, dense: Tensor) -> Measures:
-    """Rank the candidates of each query."""
-    measures: Measures = defaultdict(list)
-    start = 0
-    for query, texts in enumerate(corpus.candidates):
-        row = scores[start : start + len(texts)].T
-        measures["rank correlation"] += rank_correlation(row, dense[start : start + len(texts)].T)
-        ranking = [texts[place] for place in row[0].argsort(descending=True, stable=True).tolist()]
-        _judge(measures, "", ranking, corpus.gains[query : query + 1])
-        start += len(texts)
-    return measures
-
-
-def _of_classes(corpus: CorpusTexts, outputs: Tensor, dense: Tensor) -> Measures:
-    """Compare the classes with the dense model's, and with labels."""
-    classes = outputs.argmax(-1)
-    measures = {"same class": (classes == dense.argmax(-1)).double().tolist()}
-    right = []
-    for chosen, label in zip(classes.tolist(), corpus.labels, strict=False):
-        if label is not None:
-            right.append(float(chosen == label))
-    if right:
-        measures["accuracy"] = right
-    return measures
-
-
-def _judge(
-    measures: Measures, index: str, ranking: Sequence[int], judged: Sequence[Mapping[int, float]]
-) -> None:
-    for gains in judged:
-        if max(gains.values(), default=0) > 0:
-            measures[f"nDCG@10{index}"].append(ndcg(ranking, gains))
-            measures[f"MRR@10{index}"].append(reciprocal_rank(ranking, gains))
+    return None if number is None else int(number)
 
 
 def ndcg(ranking: Sequence[int], gains: Mapping[int, float]) -> float:
@@ -292,8 +333,8 @@ def reciprocal_rank(ranking: Sequence[int], gains: Mapping[int, float]) -> float
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> list[float]:
-    """Return Spearman's correlation of each row, [rows, values]."""
-    count = one.shape[1]
+    """Return Spearman's correlation of each row, [rows, values]; -inf in both is no value."""
+    count = (one > -torch.inf).sum(1).double()
     distances = one.argsort(1).argsort(1) - other.argsort(1).argsort(1)
     squares = distances.double().square().sum(1)
     correlations: list[float] = (1 - 6 * squares / (count * (count**2 - 1))).tolist()
