@@ -11,6 +11,7 @@ from sleb_cli.order import SizeKey
 from sleb_cli.plan import Plan
 from sleb_cli.results import (
     BenchResult,
+    CorpusResult,
     EvalResult,
     ModelSize,
     PrunedTaskScores,
@@ -103,6 +104,11 @@ class Findings:
     def retention(self, removals: SizeKey) -> Estimate | None:
         """Return the mean accuracy as a share of the dense one; None if a task lacks this size."""
         return retention([task for task, _ in self.accuracy_tasks], removals)
+
+    @property
+    def corpora(self) -> Sequence[CorpusResult]:
+        """Every measure of every corpus."""
+        return self.evaluation.corpora if self.evaluation else ()
 
     @property
     def workloads(self) -> Sequence[WorkloadResult]:

@@ -6,7 +6,7 @@ from statistics import fmean
 
 from sleb_cli.exporters.findings import Findings
 from sleb_cli.plan import Plan
-from sleb_cli.results import Interval, TaskResult, TextResult, WorkloadResult
+from sleb_cli.results import CorpusResult, Interval, TaskResult, TextResult, WorkloadResult
 from sleb_cli.tables.quality import Estimate, perplexity_change, retention
 from sleb_cli.tables.search_results import perplexities
 from sleb_cli.tables.speed import workload_name
@@ -69,14 +69,23 @@ def text_line(name: str, text: TextResult) -> Line:
 
 def task_line(task: TaskResult) -> Line:
     """Return the score of a task."""
-    dense = task.dense.value
+    return _score_line(task.task, task)
+
+
+def corpus_line(corpus: CorpusResult) -> Line:
+    """Return a measure of a corpus."""
+    return _score_line(corpus.measure, corpus)
+
+
+def _score_line(name: str, result: TaskResult | CorpusResult) -> Line:
+    dense = result.dense.value
     values: dict[int, Estimate] = {0: (dense, None)}
-    for scores in task.pruned:
+    for scores in result.pruned:
         ends = _scaled(scores.difference_interval, dense)
         if scores.lost is not None:
             ends = _limited(ends)
         values[len(scores.removals)] = (scores.value, ends)
-    return Line(task.task, values, task.key)
+    return Line(name, values, result.key)
 
 
 def mean_line(plan: Plan, tasks: Sequence[TaskResult]) -> Line:

@@ -148,6 +148,13 @@ def task_names(tasks: Sequence[TaskResult]) -> list[str]:
     return _tell_apart(_tell_apart(names, items), hashes)
 
 
+def corpus_names(results: Sequence[CorpusResult]) -> list[str]:
+    """Name each measure with its corpus, and the hash of its texts if it was read in other ways."""
+    names = [f"{result.measure}, {result.corpus}" for result in results]
+    hashes = [f" {result.sha256[:8]}" for result in results]
+    return _tell_apart(names, hashes)
+
+
 def _tell_apart(names: Sequence[str], remarks: Sequence[str]) -> list[str]:
     """Add its remark to each name that is not the only one of its kind."""
     told = []

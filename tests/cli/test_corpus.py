@@ -1,7 +1,9 @@
 """`sleb eval --corpus`: what models that only read lose, against plain arithmetic."""
 
+import csv
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -206,6 +208,17 @@ def test_what_is_kept_is_measured_once(sleb, run_sleb, tiny_encoder, beir, text_
     again = run_sleb("eval plan.json --every 1 --corpus", beir)
     assert "Measured before: beir." in again.said
     assert again.stdout == more.stdout
+    name, score = re.search(
+        r"(nDCG@10, old index).+?-2 +│ (0\.\d+)", again.stdout, re.DOTALL
+    ).groups()
+    sleb("export plan.json --to report -o report.html")
+    assert f">{score}<" in Path("report.html").read_text()
+    sleb("export plan.json --to table -o table.csv")
+    sizes = list(csv.DictReader(Path("table.csv").read_text().splitlines()))
+    assert [row["removed"] for row in sizes] == ["0", "1", "2"]
+    assert sizes[2]["items"] == "beir 8"
+    assert f"{float(sizes[2][f'{name}, beir']):.4f}" == score
+    assert float(sizes[2][f"{name}, beir low"]) < float(score)
     sleb("apply plan.json -o out --no-verify")
     assert "| nDCG@10, old index, beir | 0." in Path("out/README.md").read_text()
 

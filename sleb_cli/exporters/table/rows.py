@@ -6,11 +6,19 @@ from functools import partial
 from typing import Any
 
 from sleb_cli.exporters.findings import Findings
-from sleb_cli.exporters.lines import MEAN, Line, mean_line, speed_line, task_line, text_line
+from sleb_cli.exporters.lines import (
+    MEAN,
+    Line,
+    corpus_line,
+    mean_line,
+    speed_line,
+    task_line,
+    text_line,
+)
 from sleb_cli.order import SizeKey
-from sleb_cli.results import TaskResult, TextResult
+from sleb_cli.results import CorpusResult, TaskResult, TextResult
 from sleb_cli.tables.provenance import result_settings, search_settings
-from sleb_cli.tables.quality import is_canary, main_tasks, task_names, text_names
+from sleb_cli.tables.quality import corpus_names, is_canary, main_tasks, task_names, text_names
 from sleb_cli.tables.speed import workload_name
 from sleb_cli.tables.table import Column, Table
 from sleb_cli.units import format_perplexity, spans
@@ -106,15 +114,18 @@ def plan_table(plans: Sequence[Findings]) -> PlanTable:
 
 
 def _columns(plans: Sequence[Findings]) -> dict[Hashable, Column]:
-    """Return the columns for texts, tasks, their mean and workloads by the keys of their lines."""
+    """Return the columns for texts, tasks, means, corpora and workloads by the keys of their lines."""
     texts: dict[Hashable, TextResult] = {}
     tasks: dict[Hashable, TaskResult] = {}
+    corpora: dict[Hashable, CorpusResult] = {}
     speeds: dict[Hashable, Column] = {}
     for findings in plans:
         for text in findings.texts:
             texts[text.key] = text
         for task in main_tasks(findings.tasks):
             tasks[task.key] = task
+        for corpus in findings.corpora:
+            corpora[corpus.key] = corpus
         for result in findings.workloads:
             name = f"{workload_name(result)}, times as fast"
             speeds[result.workload.identity] = (name, "{:.2f}x".format)
@@ -125,6 +136,8 @@ def _columns(plans: Sequence[Findings]) -> dict[Hashable, Column]:
     for key, name in zip(tasks, task_names(list(tasks.values())), strict=True):
         columns[key] = (name, "{:.3f}".format)
     columns[MEAN] = (MEAN, "{:.3f}".format)
+    for key, name in zip(corpora, corpus_names(list(corpora.values())), strict=True):
+        columns[key] = (name, "{:.3f}".format)
     return {**columns, **speeds}
 
 
@@ -144,6 +157,7 @@ def _lines(findings: Findings, averaged: Collection[Hashable]) -> list[Line]:
     # A mean of other tasks would not compare.
     if len(tasks) == len(averaged) > 1:
         lines.append(mean_line(findings.plan, list(tasks.values())))
+    lines += [corpus_line(corpus) for corpus in findings.corpora]
     lines += [speed_line(result) for result in findings.workloads]
     return lines
 
@@ -195,6 +209,7 @@ def _settings(findings: Findings) -> Row:
     search = _by_name(search_settings(plan))
     windows = [f"{text.windows} of {text.sequence_length} tokens" for text in findings.texts]
     items = [f"{task.task} {len(task.doc_ids)}" for task in main_tasks(findings.tasks)]
+    items += [f"{corpus.corpus} {corpus.queries or corpus.texts}" for corpus in findings.corpora]
     settings = {
         "model": plan.model.id,
         "revision": plan.model.revision,
@@ -206,7 +221,7 @@ def _settings(findings: Findings) -> Row:
         "searched by": search.get("versions"),
         "search seconds": f"{plan.environment.seconds:.0f}",
         "windows": ", ".join(dict.fromkeys(windows)),
-        "items": ", ".join(items),
+        "items": ", ".join(dict.fromkeys(items)),
         "plan": findings.file.name if findings.file.is_absolute() else str(findings.file),
     }
     if findings.evaluation:
