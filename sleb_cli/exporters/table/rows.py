@@ -114,7 +114,7 @@ def plan_table(plans: Sequence[Findings]) -> PlanTable:
 
 
 def _columns(plans: Sequence[Findings]) -> dict[Hashable, Column]:
-    """Return the columns for texts, tasks, means, corpora and workloads by the keys of their lines."""
+    """Return the columns for texts, tasks, means, corpora and workloads, by keys of lines."""
     texts: dict[Hashable, TextResult] = {}
     tasks: dict[Hashable, TaskResult] = {}
     corpora: dict[Hashable, CorpusResult] = {}
