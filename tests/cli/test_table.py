@@ -4,11 +4,15 @@ import csv
 import math
 import statistics
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 
 from measured_plans import make_benchmark, make_evaluation, make_plan, write_measured
+from sleb_cli.exporters.table.figure import draw_figure
+from sleb_cli.exporters.table.rows import PlanTable
 
+OLDER = Path(__file__).parents[1] / "older_plans"
 MINE = "perplexity, mine.txt (searched on)"
 SPEED = "generation 1x64+32, times as fast"
 
@@ -103,3 +107,27 @@ def test_the_figure_names_what_it_shows(table, measured, tmp_path):
     shown = "".join(ET.parse(tmp_path / "table.svg").getroot().itertext())
     for name in ("dense", "nll, greedy", "cosine, greedy", "mean of tasks", "of 12 blocks"):
         assert name in shown
+
+
+def test_a_text_that_only_some_plans_were_searched_on_is_named_so(table, measured, tmp_path):
+    plan = make_plan(12, 6, text="other.txt", raced=False)
+    mine = make_evaluation(plan, texts=("mine.txt",), tasks=(), every=9)
+    write_measured(tmp_path / "b", plan, evaluation=mine)
+    names = cells(table().splitlines()[0])
+    assert "perplexity, mine.txt (searched on by some plans)" in names
+
+
+def test_no_cell_of_a_csv_file_is_a_formula(sleb, measured, tmp_path):
+    (tmp_path / "a").rename(tmp_path / "=1+1")
+    sleb("export", "./=1+1/plan.json", "b/plan.json", "--to table -o table.csv")
+    rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
+    assert [row["plan"] for row in rows[3:]] == ["'=1+1/plan.json", "b/plan.json"]
+
+
+def test_blocks_and_experts_share_no_axis(sleb, measured, tmp_path):
+    pytest.importorskip("matplotlib")
+    experts = OLDER / "experts.json"
+    told = sleb("export", "a/plan.json", experts, "--to table -o table.svg", code=2).stderr
+    assert "these plans remove blocks and experts of each block" in told
+    row = {"removed": 2, "removed from": "8 experts of each block", "piqa": (0.7, None)}
+    assert "By experts of each block removed;" in draw_figure(PlanTable([row], {"piqa": str}))

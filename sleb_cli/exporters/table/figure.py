@@ -29,7 +29,7 @@ def draw_figure(table: PlanTable) -> str:
     """Draw the figure as SVG.
 
     Raises:
-        UsageError: nothing was measured of the plans.
+        UsageError: nothing was measured of the plans, or they remove different parts.
         MachineError: matplotlib is not installed.
     """
     require_extra()
@@ -38,14 +38,29 @@ def draw_figure(table: PlanTable) -> str:
             "Nothing was measured of these plans.",
             hint="Run `sleb eval` or `sleb bench` on each first.",
         )
+    parts = _removed_parts(table)
     methods = table.by_method()
     legend_columns = max(1, WIDTH // (6 * max(map(len, methods), default=0) + 60))
     panel_rows = math.ceil(len(table.measured) / 2)
     legend_rows = 1 + len(methods) // legend_columns
     height = _PANEL * panel_rows + _LEGEND * legend_rows
-    caption = "By blocks removed; bars are 95% intervals of the difference from the dense model."
+    caption = f"By {parts} removed; bars are 95% intervals of the difference from the dense model."
     plot = Plot("Plans", caption, height, partial(_draw, table, panel_rows, legend_columns))
     return render_svg(plot).decode()
+
+
+def _removed_parts(table: PlanTable) -> str:
+    """Name what the plans remove: "blocks", or "experts of each block"."""
+    parts = set()
+    for row in table.rows:
+        if "removed from" in row:
+            parts.add(row["removed from"].partition(" ")[2])
+    if len(parts) > 1:
+        raise UsageError(
+            f"A figure has one axis, but these plans remove {' and '.join(sorted(parts))}.",
+            hint="Export a figure of each kind, or a table of all.",
+        )
+    return parts.pop()
 
 
 def _draw(table: PlanTable, panel_rows: int, legend_columns: int, figure: Figure) -> None:

@@ -109,6 +109,13 @@ def _to_csv(table: PlanTable) -> str:
         for name in table.measured:
             value, interval = row.get(name, (None, None))
             cells += [value, interval and interval.low, interval and interval.high]
-        cells += [row.get(name) for name in SETTINGS]
+        cells += [_as_text(row.get(name)) for name in SETTINGS]
         writer.writerow(cells)
     return text.getvalue()
+
+
+def _as_text(cell: str | None) -> str | None:
+    """Put an apostrophe before what a spreadsheet would compute: `=1+1/plan.json`."""
+    if cell and cell[0] in "=+-@":
+        return f"'{cell}"
+    return cell

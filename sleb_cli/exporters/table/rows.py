@@ -142,11 +142,14 @@ def _columns(plans: Sequence[Findings]) -> dict[Hashable, Column]:
 
 
 def _seen_in(plans: Sequence[Findings], text: TextResult) -> list[str]:
-    """Return where any of the plans used a text before."""
-    uses: set[str] = set()
+    """Return where the plans that were measured on a text used it before."""
+    uses = []
     for findings in plans:
-        uses.update(findings.seen_in(text))
-    return sorted(uses)
+        if any(own.key == text.key for own in findings.texts):
+            uses.append(set(findings.seen_in(text)))
+    by_all = set.intersection(*uses)
+    by_some = set.union(*uses) - by_all
+    return [*sorted(by_all), *(f"{use} by some plans" for use in sorted(by_some))]
 
 
 def _lines(findings: Findings, averaged: Collection[Hashable]) -> list[Line]:
