@@ -51,7 +51,7 @@ def draw_figure(table: PlanTable) -> str:
 
 def _removed_parts(table: PlanTable) -> str:
     """Name what the plans remove: "blocks", or "experts of each block"."""
-    parts = set()
+    parts: set[str] = set()
     for row in table.rows:
         if "removed from" in row:
             parts.add(row["removed from"].partition(" ")[2])
