@@ -15,7 +15,7 @@ from typing import Any, TextIO, cast
 
 import typer
 
-from sleb_cli.processes import WorkerFinished, is_main_process, process_count
+from sleb_cli.processes import Terminated, WorkerFinished, is_main_process, process_count
 from sleb_cli.requests import require_text
 from sleb_plugins import OutputError, SlebError, UsageError
 from sleb_plugins.errors import without_secrets
@@ -158,7 +158,7 @@ def _end(number: int, frame: Any) -> None:
     signal.signal(number, signal.SIG_DFL if at_once else signal.SIG_IGN)
     if at_once and sys.stderr.isatty():
         os.write(2, b"\x1b[?25h")  # the bars hide the cursor, and could not show it again
-    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated(128 + number)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,22 @@ return by mistake, becomes a `PluginError`.
 
 import math
 from collections.abc import Callable
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from traceback import extract_tb
 from typing import Any, TypeVar
 
-from sleb_plugins import FamilyAdapter, LoadedModel, Metric, PluginError, SlebError, TimedRun
+from sleb_cli.processes import Terminated
+from sleb_plugins import (
+    ExpertUse,
+    FamilyAdapter,
+    LoadedModel,
+    Metric,
+    PluginError,
+    SlebError,
+    TimedRun,
+)
 from sleb_plugins.errors import is_out_of_memory
 
 T = TypeVar("T")
@@ -65,8 +74,10 @@ class _Call:
 
     def __call__(self, *given: Any) -> Any:
         try:
-            result = self.function(*given)
-        except Exception as error:
+            result = self._result(given)
+        except (KeyboardInterrupt, Terminated):
+            raise
+        except BaseException as error:  # a plugin may call sys.exit
             if isinstance(error, SlebError) or is_out_of_memory(error):
                 raise
             raise PluginError(f"{self.who} raised {_describe(error)}.", hint=REPORT) from error
@@ -82,11 +93,39 @@ class _Call:
             return _with_calls(result, result, self.who)
         return result
 
+    def _result(self, given: tuple[Any, ...]) -> Any:
+        if not self.name.startswith("score_"):
+            return self.function(*given)
+        # The engine goes on with what it gave, whatever the plugin writes into its copies.
+        copies = map(_copy, given)
+        return _readable(self.function(*copies))
 
-def _describe(error: Exception) -> str:
+
+def _copy(value: Any) -> Any:
+    """Copy tensors, but no model or block, which would take its memory twice."""
+    from torch import Tensor
+
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, ExpertUse):
+        return deepcopy(value)
+    return value
+
+
+def _readable(scores: Any) -> Any:
+    """Return scores as the engine computes with them: neither sparse nor booleans."""
+    import torch
+
+    if not isinstance(scores, torch.Tensor):
+        return scores
+    dense = scores.to_dense()
+    return dense.float() if dense.dtype is torch.bool else dense
+
+
+def _describe(error: BaseException) -> str:
     """Name an error and the last line of the plugin's own file that led to it."""
     words = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": .")
-    frames = extract_tb(error.__traceback__)[1:]  # the first one is ours
+    frames = extract_tb(error.__traceback__)[2:]  # the first two are ours
     if not frames:
         return words
     own = [frame for frame in frames if frame.filename == frames[0].filename]
@@ -99,6 +138,8 @@ def _needed_instead(name: str, result: Any, given: tuple[Any, ...]) -> str | Non
         kind, words = _RETURNED[name]
         # The NaN of a whole model may be the model's fault.
         is_nan = name == "score_block" and result != result
+        if isinstance(result, str) and result != result.encode(errors="replace").decode():
+            return "text of whole characters"
         return None if isinstance(result, kind) and not is_nan else words
     if name == "score_tokens":
         return _needed_tokens(result, given)

@@ -19,6 +19,7 @@ import pluggy
 
 from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.plugin_calls import blame
+from sleb_cli.processes import Terminated
 from sleb_cli.requests import TRANSFORMERS
 from sleb_cli.synonyms import SYNONYMS
 from sleb_cli.version import __version__
@@ -194,7 +195,9 @@ def load_plugins(points: Iterable[EntryPoint] | None = None) -> Registry:
         plugin = _plugin(entry_point)
         try:
             offers += _offers(plugin, entry_point.load)
-        except (Exception, SystemExit) as error:  # a plugin can raise anything on import
+        except (KeyboardInterrupt, Terminated):
+            raise
+        except BaseException as error:  # a plugin can raise anything on import
             failures.append(Failure(plugin, f"{type(error).__name__}: {error}"))
     offers.append(Offer("engine", TRANSFORMERS, None, own))
     return Registry(tuple(offers), tuple(failures))
@@ -249,7 +252,7 @@ def _require_usable(hook: str, value: Any) -> None:
             f"{' or '.join(type_.__name__ for type_ in types)}"
         )
     name = getattr(value, "name", None)
-    if not isinstance(name, str) or not name or ":" in name:
+    if not isinstance(name, str) or not name.isprintable() or not name or ":" in name:
         raise TypeError(
             f"the {kind} {type(value).__name__} has the name {name!r}, which is no word"
         )

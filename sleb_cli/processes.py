@@ -11,6 +11,10 @@ class WorkerFinished(Exception):
         self.exit_code = exit_code
 
 
+class Terminated(SystemExit):
+    """A signal ends this process."""
+
+
 def process_count() -> int:
     """Return the number of processes on all machines."""
     return int(os.environ.get("WORLD_SIZE", "1"))

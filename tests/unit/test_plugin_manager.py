@@ -263,6 +263,16 @@ RUN = "class L(sleb.LoadedModel):\n        run = close = lambda *_: {}\n    load
             "with_argument = score_model = fingerprint = lambda m, *_: m",
             "from fingerprint, not a str",
         ),
+        (
+            "ModelMetric",
+            "with_argument, score_model = lambda m, _: m, 0\n    fingerprint = lambda m: 'a\\ud800'",
+            r"returned 'a\ud800' from fingerprint, not text of whole characters",
+        ),
+        (
+            "WeightMetric",
+            "score_block = lambda *_: exit('no licence')",
+            "raised SystemExit: no licence (mistaken.py, line 5)",
+        ),
         ("Exporter", "export = lambda *_: b''", "returned b'' from export, not a str"),
         ("Engine", "load = lambda *_: None", "returned None from load, not a LoadedModel"),
         (
@@ -289,6 +299,31 @@ def test_a_wrong_value_from_a_plugin_names_the_plugin(plugins, base, body, said)
         PluginError, match=rf"^The {kind} 'm' of unknown package \? .*{re.escape(said)}"
     ):
         CALLS[base](offer.value)
+
+
+WRITING = """
+class M(sleb.HiddenStateMetric):
+    name = "m"
+
+    def score_tokens(self, entering, leaving):
+        larger = leaving.zero_().add(entering)[..., 0] > 0
+        return larger.to_sparse()
+
+class E(sleb.ExpertMetric):
+    name = "e"
+
+    def score_experts(self, use, block):
+        return use.norms.zero_() > 0
+"""
+
+
+def test_a_metric_writes_into_copies_and_may_return_sparse_tensors_and_booleans(plugins):
+    registry = load_plugins(plugins(writing=WRITING + hook("metrics", "return [M(), E()]")))
+    scores = registry.metric("m").score_tokens(STATES, STATES)
+    assert scores.dtype is torch.float32
+    assert scores.tolist() == torch.ones(2, 4).tolist()
+    assert registry.metric("e").score_experts(USE, 0).tolist() == [0.0] * 8
+    assert STATES.min() == USE.norms.min() == 1
 
 
 def test_an_error_raised_in_a_family_names_the_family(plugins):
