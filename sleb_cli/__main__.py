@@ -60,13 +60,25 @@ def _report_usage(error: typer.TyperException, words: list[str]) -> int:
     context = getattr(error, "ctx", None)
     command = getattr(context, "command_path", "sleb")
     message = error.format_message()
-    hint = hint_for(command, message, getattr(error, "option_name", None), words)
+    option = getattr(error, "option_name", None)
+    hint = hint_for(command, message, option, words)
+    if not hint and message.startswith("No such option"):
+        hint = _commands_with(option, context)
     if hint:
         message = message.partition(" (Possible")[0]  # which is no better than ours
     console.print_error(UsageError(message, hint=hint or f"See `{command} --help`."))
     # All processes read the same command line, and a launcher would end the main one before it
     # has spoken.
     return UsageError.exit_code if is_main_process() else 0
+
+
+def _commands_with(option: str | None, context: Any) -> str | None:
+    """Name the commands that have an option, which the one that was typed lacks."""
+    owners = []
+    for name, command in getattr(context.find_root().command, "commands", {}).items():
+        if any(option in parameter.opts for parameter in command.params):
+            owners.append(f"`sleb {name}`")
+    return f"{option} is an option of {' and '.join(owners)}." if owners else None
 
 
 def _report_file(error: OSError) -> int:

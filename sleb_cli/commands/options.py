@@ -175,7 +175,9 @@ def _range(text: str) -> Iterable[int]:
     if not (first.isdecimal() and dash):
         return [int(text)]
     numbers = range(int(first), int(last) + 1)
+    if numbers.stop <= numbers.start:
+        raise UsageError(f"The range {text} counts down.", hint=f"Write {last}-{first}.")
     # `len` cannot count numbers beyond an index.
-    if not 0 < numbers.stop - numbers.start <= MAX_RANGE:
+    if numbers.stop - numbers.start > MAX_RANGE:
         raise ValueError(text)
     return numbers

@@ -137,6 +137,11 @@ def plan_gguf_active(file: GgufFile, after: int) -> GgufActiveCut:
 
 
 def _none_to_spare(model: str, before: int, after: int) -> UsageError:
+    if not before:
+        return UsageError(
+            f"{model} is dense: its tokens choose no experts.",
+            hint="Leave out --experts-per-token.",
+        )
     return UsageError(
         f"A token of {model} uses {plural(before, 'expert')}, so --experts-per-token {after} "
         f"spares none.",
