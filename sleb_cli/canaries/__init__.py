@@ -15,3 +15,6 @@ CANARIES = ("sleb_sums", "sleb_lists", "sleb_repeat_64")
 
 INSTRUCTIONS = "sleb_instructions"
 """Not in the group: only a chat model does what it is asked, and only in its chat template."""
+
+LOOPS = "sleb_loops"
+"""Not in the group: its long answers take minutes to hours."""

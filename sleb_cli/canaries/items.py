@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from sleb_cli.repetition import repetition
+from sleb_cli.repetition import is_loop, repetition
 
 Item = dict[str, str]
 """A `question`, the `prefix` that begins its answer, and the rest of the `answer`."""
@@ -88,6 +88,19 @@ trees, umbrellas, vegetables, volcanoes, water, whales, windows, winter, wood, w
 """)
 KEYS = _phrases("advice, colour, example, history, kind, name, place, price, size, use")
 
+# What long answers are about.
+COLLECTIONS = _phrases("""
+animals, board games, breads, cities, desserts, flowers, fruits, inventions, musical instruments,
+professions, rivers, sports, tools, trees, vegetables, vehicles
+""")
+PROGRAMS = _phrases("""
+adds two fractions, checks whether brackets match, checks whether a year is a leap year,
+converts numbers to Roman numerals, counts the words of a text, draws a calendar,
+finds all primes below a number, finds the way out of a maze, keeps the score of a tennis match,
+multiplies two matrices, plays noughts and crosses, reverses the words of a sentence,
+simulates a cash machine, solves a sudoku, sorts a list by merging, writes a number in words
+""")
+
 
 def sums(items: int, **_: Any) -> dict[str, Any]:
     """Return sums of two numbers with two digits."""
@@ -142,6 +155,66 @@ def _draw_instruction(rng: random.Random, drawn: int) -> Item:
     return {"question": question, "prefix": "", "kind": kind, "answer": asked}
 
 
+class LongAnswer(NamedTuple):
+    """A request for a long answer, and how it begins, so that a base model writes one, too."""
+
+    request: str
+    prefix: str
+
+
+LONG_ANSWERS = {
+    "sum": LongAnswer(
+        "A {person} packs {boxes} boxes with {size} {thing}s each, sells {sold} of the boxes, and "
+        "gives half of the other {thing}s away. How many {thing}s does the {person} have now? "
+        "Explain each step.",
+        "First,",
+    ),
+    "code": LongAnswer(
+        "Write a Python function that {program}, another one that {other_program}, and tests of "
+        "both.",
+        "```python\ndef",
+    ),
+    "json": LongAnswer(
+        "Describe eight {collection} in a JSON list. Each has these keys: {keys}.", "```json\n["
+    ),
+    "list": LongAnswer("List twenty facts about {topic}, in a sentence each.", "1."),
+    "story": LongAnswer(
+        "Tell a story of about 400 words about the {adjective} {person} who {verb} the {thing} "
+        "near the {place}.",
+        "Once upon a time",
+    ),
+}
+
+
+def long_answers(items: int, **_: Any) -> dict[str, Any]:
+    """Return requests for a long answer of each kind in turn."""
+    return _splits("long answers", _draw_long_answer, items)
+
+
+def _draw_long_answer(rng: random.Random, drawn: int) -> Item:
+    kinds = list(LONG_ANSWERS)
+    kind = kinds[drawn % len(kinds)]
+    request, prefix = LONG_ANSWERS[kind]
+    boxes = rng.randint(6, 20)
+    program, other_program = rng.sample(PROGRAMS, 2)
+    question = request.format(
+        person=rng.choice(PEOPLE),
+        adjective=rng.choice(ADJECTIVES),
+        verb=rng.choice(VERBS),
+        thing=rng.choice(THINGS),
+        place=rng.choice(PLACES),
+        topic=rng.choice(TOPICS),
+        collection=rng.choice(COLLECTIONS),
+        keys=", ".join(rng.sample(KEYS, 3)),
+        program=program,
+        other_program=other_program,
+        boxes=boxes,
+        sold=rng.randint(2, boxes - 2),
+        size=2 * rng.randint(6, 24),
+    )
+    return {"question": question, "prefix": prefix, "kind": kind, "answer": ""}
+
+
 def _splits(name: str, draw: Draw, items: int) -> dict[str, Any]:
     """Draw different items: a few examples, which come first in every prompt, and the test."""
     from datasets import Dataset
@@ -193,6 +266,18 @@ def grade_instructions(doc: Item, results: Sequence[Any]) -> dict[str, float]:
     # No text is no better than one that repeats itself.
     scores["repetition"] = repetition(signs) if signs else 1.0
     scores["words"] = len(answer.split())
+    return scores
+
+
+def grade_long_answer(doc: Item, results: Sequence[Any]) -> dict[str, float]:
+    """Return 1 if the answer repeats itself; and, if the model tells, 1 if it ended by itself."""
+    answer = results[0]
+    scores = {}
+    if hasattr(answer, "ended"):
+        # A model that says nothing has not come to an end.
+        scores["ended"] = float(answer.ended and bool(answer.strip()))
+    # Who reads an answer reads its repeats, whether or not it ended after them.
+    scores["loops"] = float(is_loop(answer))
     return scores
 
 

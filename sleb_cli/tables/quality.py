@@ -52,6 +52,7 @@ _USES = {
     "programs": "writing programs",
     "writing": "writing answers",
 }
+_CANARY_USES = {"sleb_instructions": "instructions", "sleb_loops": "ending long answers"}
 
 
 _MEASURES = {
@@ -289,10 +290,8 @@ def is_canary(task: TaskResult) -> bool:
 
 
 def _use(task: TaskResult) -> str:
-    if task.task == "sleb_instructions":
-        return "instructions"
     if is_canary(task):
-        return "canaries"
+        return _CANARY_USES.get(task.task, "canaries")
     return _USES[task.use] if task.use else ""
 
 

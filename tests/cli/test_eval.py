@@ -16,7 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from conftest import WORDS, calibration, llama_config, prose, save_model, write_task
 from reference import log_likelihood, plain_loss
+from sleb_cli import repetition
+from sleb_cli.canaries import FOLDER, LOOPS
 from sleb_cli.canaries.items import instructions
+from sleb_cli.engine.door import evaluate as evaluate_door
 from sleb_cli.engine.forward import prepare
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.output.measured import read_measurements
@@ -163,6 +166,35 @@ def test_a_chat_model_is_asked_and_ends_its_answers_or_not(evaluate, tmp_path):
     assert found["ended"] == [not answer.isdisjoint({1, end}) for answer in answers]
     assert set(found) == {"followed", "ended", "repetition", "words"}
     assert all(task["chat"] for task in data["tasks"])
+
+
+def test_long_answers_end_or_loop_and_a_slow_model_writes_few(evaluate, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_door, "MANY_PARAMETERS", 1)
+    monkeypatch.setattr(repetition, "MIN_CHARACTERS", 20)
+    folder = save_model(tmp_path / "chat", llama_config(max_position_embeddings=256))
+    settings = {"do_sample": False, "max_gen_toks": 64, "until": []}
+    own = {"include": str(FOLDER / "sleb_loops.yaml"), "task": LOOPS, "generation_kwargs": settings}
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/own.yaml").write_text(yaml.safe_dump(own))
+    asked = [folder, "--blocks 2 --tasks sleb_loops --include-path", tmp_path / "tasks"]
+    data, said = evaluate(*asked)
+    ended, loops = data["tasks"]
+    assert (ended["metric"], loops["metric"]) == ("ended", "loops")
+    assert (ended["higher_is_better"], loops["higher_is_better"]) == (True, False)
+    assert len(ended["doc_ids"]) == 10
+    assert "sleb_loops runs with --limit 10" in said
+    for task in (ended, loops):
+        assert set(task["dense"]["items"]) <= {0, 1}
+        (pruned,) = task["pruned"]
+        right = int(task["higher_is_better"])
+        pairs = list(zip(task["dense"]["items"], pruned["items"], strict=True))
+        assert pruned["lost"] == pairs.count((right, 1 - right))
+        assert pruned["gained"] == pairs.count((1 - right, right))
+        assert pruned["mcnemar_p"] is not None
+    assert 1 in loops["dense"]["items"] + loops["pruned"][0]["items"]
+    data, said = evaluate(*asked, "--limit 2")
+    assert len(data["tasks"][0]["doc_ids"]) == 2
+    assert "--limit" not in said
 
 
 def count_passes(monkeypatch, limit=None):

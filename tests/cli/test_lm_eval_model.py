@@ -15,7 +15,7 @@ from conftest import as_typed, prose, random_model, train_tokenizer, write_task
 from families import tiny_config
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.lm_eval_model import LmEvalModel
-from sleb_cli.events import ignore
+from sleb_cli.events import TaskAdvanced
 
 ROOT = Path(__file__).resolve().parents[2]
 ITEMS = 8
@@ -72,9 +72,16 @@ def test_generations_are_lm_evals_when_some_of_a_batch_end_early(monkeypatch, mo
         )
 
     monkeypatch.setattr(model, "generate", watched)
+    events = []
     written = LmEvalModel(
-        model, tokenizer, 8, ("task", "dense"), ignore, ProcessGroup()
+        model, tokenizer, 8, ("task", "dense"), events.append, ProcessGroup()
     ).generate_until(asked)
+    advances = [event.done for event in events if isinstance(event, TaskAdvanced)]
+    # The bar moves with each token, and on when an answer ends.
+    assert sum(advances) == pytest.approx(8)
+    assert len(advances) > 20
+    assert min(advances) >= 0
+    assert max(advances) > 2 * 8 / 24
     assert runs[0] == 8 > max(runs[1:])
     assert 0 < sum(answer.ended for answer in written) < 8
     assert written == HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1).generate_until(

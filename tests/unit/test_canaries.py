@@ -1,6 +1,7 @@
 """The canaries: items and graders, and that lm-eval runs them on a model that knows the answers."""
 
 import logging
+from collections import Counter
 
 import pytest
 from lm_eval.api.model import LM
@@ -8,7 +9,8 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
-from sleb_cli.canaries import CANARIES, FOLDER, INSTRUCTIONS, items
+from sleb_cli.canaries import CANARIES, FOLDER, INSTRUCTIONS, LOOPS, items
+from sleb_cli.engine.quality.lm_eval_model import Answer
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +132,26 @@ def test_instructions_ask_for_what_is_graded(manager):
     )
 
 
+def test_long_answers_are_asked_for_by_forty_different_prompts(manager):
+    (task,) = manager.load([LOOPS])["tasks"].values()
+    rows = list(task.eval_docs)
+    assert rows == list(items.long_answers(items=40)["test"])
+    assert len({row["question"] for row in rows}) == 40
+    assert Counter(row["kind"] for row in rows) == dict.fromkeys(items.LONG_ANSWERS, 8)
+    task.build_all_requests(limit=1)
+    (prompt, settings) = task.instances[0].args
+    assert prompt == f"{rows[0]['question']}\n\n{rows[0]['prefix']}"
+    assert settings == {"do_sample": False, "max_gen_toks": 1024, "until": []}
+
+
+def test_silence_is_no_end():
+    for text, ended in (("Done.", True), (" ", True), ("So", False)):
+        answer = Answer(text)
+        answer.ended = ended
+        assert items.grade_long_answer({}, [answer]) == {"ended": text == "Done.", "loops": 0}
+    assert items.grade_long_answer({}, ["by lm-eval " * 30]) == {"loops": 1}
+
+
 def test_the_answers_follow_from_the_questions(loaded):
     tasks = {name: list(task.eval_docs) for name, task in loaded["tasks"].items()}
     for row in tasks["sleb_sums"]:
@@ -185,6 +207,6 @@ def test_every_answer_fits_what_the_model_may_write(loaded, smollm2):
 
 def test_the_group_has_all_canaries_and_none_else(loaded, manager):
     assert tuple(loaded["tasks"]) == CANARIES
-    assert set(manager.all_subtasks) == {*CANARIES, INSTRUCTIONS}
-    names = (*CANARIES, INSTRUCTIONS, "sleb_canaries")
+    assert set(manager.all_subtasks) == {*CANARIES, INSTRUCTIONS, LOOPS}
+    names = (*CANARIES, INSTRUCTIONS, LOOPS, "sleb_canaries")
     assert {file.name for file in FOLDER.glob("*.yaml")} == {f"{name}.yaml" for name in names}

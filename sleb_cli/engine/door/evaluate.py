@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sleb_cli.canaries import FOLDER
+from sleb_cli.canaries import FOLDER, LOOPS
 from sleb_cli.checks.clashes import given
 from sleb_cli.checks.subjects import NamedSubject
 from sleb_cli.checks.verbs import parse_batch_size
@@ -26,6 +26,7 @@ from sleb_cli.engine.door.named_model import (
 from sleb_cli.engine.forward.memory_needs import model_bytes
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.model.sizes import count_parameters
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.bits_per_byte import ByteWindows
@@ -45,7 +46,7 @@ from sleb_cli.engine.text.windows import (
     cut_for_evaluation,
     tokens_sha256,
 )
-from sleb_cli.events import Notice, Notify, task
+from sleb_cli.events import Notice, Notify, ignore, task
 from sleb_cli.names import local_path
 from sleb_cli.plan import CHECKPOINT_PLAN, CalibrationRecord, read_plan
 from sleb_cli.plugin_manager import Registry
@@ -55,6 +56,11 @@ from sleb_cli.texts.local_file import read_file
 from sleb_cli.texts.named import text_source
 from sleb_cli.units import in_shell
 from sleb_plugins import PlanError, UsageError
+
+MANY_PARAMETERS = 1e9
+"""A larger model is slow to write on a CPU."""
+FEW_ITEMS = 10
+"""Of a task whose answers are long, for such a model."""
 
 
 def resolve_evaluation(
@@ -87,7 +93,9 @@ def resolve_evaluation(
     task_models = models
     if request.tasks and placement.stream:  # two models that do not fit together
         task_models = Models(subject, surgeries, place(tasks=True), group, notify, shared)
-    tasks = load_requested(request)
+    on_cpu = placement.device.type == "cpu"
+    slow = on_cpu and count_parameters(architecture).without(()) > MANY_PARAMETERS
+    tasks = load_requested(request, notify, slow=slow)
     tokenizer = load_tokenizer(architecture.source)
     names = request.perplexity
     corpus = None
@@ -195,8 +203,13 @@ def _wider_dtype(dense: Architecture, other: Architecture) -> str:
     return dtype_name(torch.promote_types(dense.dtype, other.dtype))
 
 
-def load_requested(request: EvalRequest) -> tuple[LoadedTask, ...]:
-    """Load the tasks that a request names, itself or by a preset."""
+def load_requested(
+    request: EvalRequest, notify: Notify = ignore, *, slow: bool = False
+) -> tuple[LoadedTask, ...]:
+    """Load the tasks that a request names, itself or by a preset.
+
+    For a `slow` model, the task of long answers has few items unless the request says how many.
+    """
     names: dict[str, None] = {}
     for named in request.tasks:
         names |= dict.fromkeys(PRESETS.get(named, (named,)))
@@ -212,10 +225,19 @@ def load_requested(request: EvalRequest) -> tuple[LoadedTask, ...]:
     manager = find_tasks(list(names), folders, also=PRESETS)
     tasks = []
     for name in names:
+        limit = request.limit
+        if name == LOOPS and slow and limit is None:
+            limit = FEW_ITEMS
+            notify(
+                Notice(
+                    f"{name} runs with --limit {limit}: to write all answers, a model of this "
+                    f"size takes hours on a CPU. --limit 40 runs all items."
+                )
+            )
         loaded = LoadedTask(
             name,
             manager,
-            limit=request.limit,
+            limit=limit,
             num_fewshot=request.num_fewshot,
             chat=request.apply_chat_template,
             batch_size=parse_batch_size(request.batch_size),

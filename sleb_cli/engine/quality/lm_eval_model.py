@@ -15,7 +15,7 @@ from sleb_cli.engine.device import input_device
 from sleb_cli.engine.lm_eval_internals import HFLM, stop_sequences_criteria
 from sleb_cli.engine.model.generation import HaveEnded, continue_each, end_tokens
 from sleb_cli.engine.process_group import ProcessGroup, join_dealt
-from sleb_cli.events import Notify, task
+from sleb_cli.events import Advance, Notify, task
 from sleb_plugins import UsageError
 from sleb_plugins.errors import is_out_of_memory
 
@@ -53,6 +53,8 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
         self._group = group
         self._ends = torch.tensor(sorted(end_tokens(model, tokenizer)), device=self._device)
         self._ended: list[bool] = []
+        self._advance: Advance
+        self._written = 0.0
         self._predict = predict
 
     def loglikelihood(self, requests: Sequence[Any]) -> Any:
@@ -75,6 +77,7 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
         with task(self._notify, ", ".join(self._names), len(mine), "requests") as advance:
             # lm-eval tells each answer to its cache.
             self.cache_hook = SimpleNamespace(add_partial=lambda *answer: advance())
+            self._advance = advance
             try:
                 computed = answer(mine) if mine else []
             except (RuntimeError, MemoryError) as error:
@@ -87,7 +90,6 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
         return join_dealt(shares)
 
     def _write(self, requests: Sequence[Any]) -> list[Any]:
-        advance = self.cache_hook.add_partial
         answers = defaultdict[str, list[Answer]](list)
 
         # lm-eval tells its cache each answer in the order of batches, which is that of `_ended`.
@@ -95,7 +97,6 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
             answer = Answer(text)
             answer.ended = self._ended.pop(0)
             answers[request[0]].append(answer)
-            advance()
 
         self.cache_hook.add_partial = keep
         super().generate_until(requests)
@@ -138,6 +139,8 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
                 ids, pad_token_id=self.tokenizer.pad_token_id, **options, **settings, **more
             )
 
+        new = max_length - context.shape[1]
+
         def stop_criterion(rows: int) -> HaveEnded:
             stops = stop_sequences_criteria(self.tokenizer, stop, 0, rows)
 
@@ -145,17 +148,26 @@ class LmEvalModel(HFLM):  # type: ignore[misc]
                 for stop_at in stops:
                     stop_at(added, None)
                 seen = torch.tensor([stop_at.done_tracker for stop_at in stops], dtype=torch.bool)
-                return seen.any(0) | torch.isin(added, self._ends).any(1).cpu()
+                ended = seen.any(0) | torch.isin(added, self._ends).any(1).cpu()
+                going_on = rows - int(ended.sum())
+                self._report_written(len(context) - going_on * (1 - added.shape[1] / new))
+                return ended
 
             return have_ended
 
-        new = max_length - context.shape[1]
         # Texts that have ended leave the batch; a text may go on beyond its stop, where lm-eval
         # cuts it.
         return self._remember_ended(
             context, continue_each(generate, context, attention_mask, new, stop_criterion)
         )
 
+    def _report_written(self, answers: float) -> None:
+        """Report how many answers of the batch are written; a share of each that goes on."""
+        self._advance(answers - self._written)
+        self._written = answers
+
     def _remember_ended(self, context: Tensor, written: list[Tensor]) -> Tensor:
+        self._report_written(len(written))
+        self._written = 0.0
         self._ended += [bool(torch.isin(tokens, self._ends).any()) for tokens in written]
         return torch.cat([context, pad_sequence(written, True, self.tokenizer.pad_token_id)], 1)

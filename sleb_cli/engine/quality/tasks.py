@@ -102,23 +102,27 @@ def _compare(
     pruned: Sequence[tuple[tuple[int, ...], Results]],
     show_flips: int,
 ) -> TaskResult:
+    higher_is_better = dense["higher_is_better"].get(measure.task, {}).get(measure.metric)
+    lower_is_better = higher_is_better is False
     samples = _samples(dense, measure)
     items = [_hashes(sample) for sample in samples]
     compared = []
     for removals, results in pruned:
-        compared.append(_pruned_scores(measure, dense, results, removals, show_flips))
+        scores = _pruned_scores(measure, dense, results, removals, show_flips)
+        if lower_is_better:  # a rise is the loss
+            scores = scores.model_copy(update={"lost": scores.gained, "gained": scores.lost})
+        compared.append(scores)
     tasks = sorted(_tasks_of(dense, measure.task))
     if not items:  # a group has the items of its tasks
         for task in tasks:
             items += [_hashes(sample) for sample in dense["samples"].get(task, ())]
     shots = {int(dense["n-shot"].get(task, 0) or 0) for task in tasks}
-    higher_is_better = dense["higher_is_better"].get(measure.task, {}).get(measure.metric)
     return TaskResult(
         **measure._asdict(),
         version=str(dense["versions"].get(measure.task)),
         num_fewshot=shots.pop() if len(shots) == 1 else 0,
         chat=bool(dense.get("chat_template")),
-        higher_is_better=higher_is_better is not False,
+        higher_is_better=not lower_is_better,
         doc_ids=tuple(sample["doc_id"] for sample in samples),
         # As lm-eval's `task_hashes`, which joins the samples of all filters, or of all tasks of a
         # group.
