@@ -113,8 +113,8 @@ def apply(request: ApplyRequest, how: How) -> None:
 @app.command("eval")
 @options_from(EvalRequest)
 def eval_(request: EvalRequest, how: How) -> None:
-    """Compare the quality of the dense (original) and the pruned model: perplexity, lm-eval tasks,
-    or nearest neighbours and classes in a corpus.
+    """Compare the quality of the dense (original) and the pruned model, or of any two models:
+    perplexity, lm-eval tasks, or nearest neighbours and classes in a corpus.
     """
     _run(
         api.evaluate, request, lambda result: summaries.show_evaluation(result, request.output), how

@@ -12,7 +12,9 @@ from sleb_cli.tables.table import Column, Table, between, tabulate
 from sleb_cli.units import format_bytes, format_change, format_share, plural
 
 BROKEN = 2.0
-"""A model whose predictions lie so far from its parent's, in nats of KL, has lost their sense."""
+"""A model is broken whose predictions lie so far from its parent's, and the right tokens from its
+own, in nats.
+"""
 SAME = 1e-3
 """Below this KL, in nats, predictions differ by rounding."""
 ROUNDING = 1e-3
@@ -82,9 +84,9 @@ def conclusions(result: EvalResult) -> list[str]:
     before, after = compared.files_bytes
     size = f"{format_bytes(after)} on disk"
     if after != before:
-        size += f" instead of {format_bytes(before)} ({format_share(after / before)})"
+        size += f" instead of {format_bytes(before)} ({_difference(after / before)})"
     sentences = []
-    broken = [text for text in result.texts if _divergence(text) > BROKEN]
+    broken = [text for text in result.texts if _is_broken(text)]
     for text in broken:
         sentences.append(f"It is broken: KL {_divergence(text):.1f} on {_named(text)}.")
     if not broken:
@@ -108,11 +110,16 @@ def _divergence(text: TextResult) -> float:
     return max((scores.divergence.mean for scores in text.pruned), default=0.0)
 
 
+def _is_broken(text: TextResult) -> bool:
+    # A model that learned the text diverges, too, and predicts it better.
+    return _divergence(text) > BROKEN and all(size.log_ratio > BROKEN for size in text.pruned)
+
+
 def _of_text(text: TextResult) -> str:
     (scores,) = text.pruned
     divergence = scores.divergence.mean
     if divergence < SAME:
-        return f"On {_named(text)}, it predicts the same: KL {divergence:.1g}, perplexity alike."
+        return f"On {_named(text)}, it predicts the same: KL {divergence:.1g}."
     change = format_change(math.expm1(scores.log_ratio))
     if scores.interval:
         low, high = math.expm1(scores.interval.low), math.expm1(scores.interval.high)
@@ -125,35 +132,40 @@ def _of_bytes(text: BytesResult) -> str:
     change = f"{text.difference:+.3f}"
     if text.interval:
         change += f" ({text.interval.low:+.3f} to {text.interval.high:+.3f})"
-    return f"On {name}, a byte takes {change} bits, of {text.bits[0]:.3f}."
+    before, after = text.bits
+    return f"On {name}, bits per byte went from {before:.3f} to {after:.3f}: {change}."
 
 
 def _of_tasks(tasks: Sequence[TaskResult]) -> list[str]:
     """Say what was lost of tasks: of each that shows a loss, or of all together."""
     from sleb_cli.tables.quality import main_tasks
 
-    counted = [task for task in main_tasks(tasks) if task.pruned[0].difference_interval]
+    counted = []
+    for task in main_tasks(tasks):
+        # Who got nothing right cannot lose anything.
+        if task.dense.value > 0 and task.pruned[0].difference_interval:
+            counted.append(task)
     if not counted:
         return []
     sentences = []
-    means = []
-    halves = []
+    worst = 0.0
+    widest = counted[0]
     for task in counted:
         (scores,) = task.pruned
         interval = scores.difference_interval
         assert interval
-        means.append(scores.difference)
-        halves.append((interval.high - interval.low) / 2)
         if interval.high < 0:
             lost = Interval(low=-interval.high, high=-interval.low)
             sentences.append(f"It lost {_points(-scores.difference, lost)} of {task.task}.")
         elif interval.low > 0:
             sentences.append(f"It gained {_points(scores.difference, interval)} of {task.task}.")
+        if -interval.low > worst:
+            worst = -interval.low
+            widest = task
     if sentences:
         return sentences
     items = sum(len(task.doc_ids) for task in counted)
-    worst = sum(means) / len(means) - math.hypot(*halves) / len(halves)
-    most = f"{100 * max(0.0, -worst):.1f} points"
+    most = f"{100 * worst:.1f} points, of {widest.task}"
     return [f"It lost nothing that these {plural(items, 'item')} can show: at most {most}."]
 
 

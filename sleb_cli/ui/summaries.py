@@ -44,23 +44,23 @@ def show_evaluation(result: EvalResult, output: Path | None) -> None:
         show_table(table)
     for task in result.tasks:
         for size in task.pruned:
-            removed = result.order.describe(size.removals)
             if result.compared:
-                removed = result.compared.name
-            _show_flips(task, size, removed)
+                _show_flips(task, size, result.compared.name, "other")
+            else:
+                _show_flips(task, size, result.order.describe(size.removals), "pruned")
     for sentence in comparison.conclusions(result):
         print_line(sentence)
     print_line(f"{result.model.computed_in(result.dtype)} on {result.device}")
     print_written(output)
 
 
-def _show_flips(task: TaskResult, size: PrunedTaskScores, removed: str) -> None:
+def _show_flips(task: TaskResult, size: PrunedTaskScores, removed: str, model: str) -> None:
     for flip in size.flips:
         print_title(
             f"\n{task.task}, item {flip.doc_id}, which only one model gets right ({removed})"
         )
         print_line(f"  {' '.join(flip.prompt.split())[-300:]}")
-        for name, text in (("right", flip.target), ("dense", flip.dense), ("pruned", flip.pruned)):
+        for name, text in (("right", flip.target), ("dense", flip.dense), (model, flip.pruned)):
             print_line(f"  {name:6} {' '.join(text.split())[:160]}")
 
 

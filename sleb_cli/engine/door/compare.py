@@ -37,7 +37,7 @@ def with_other(
     if _kind(other) != _kind(dense):
         raise UsageError(
             f"{other.source.id} {_does(other)}, but {dense.source.id} {_does(dense)}.",
-            hint="Compare two language models, or two that read alike.",
+            hint="Compare two language models, or two that put out the same.",
         )
     return replace(subject, other=other)
 

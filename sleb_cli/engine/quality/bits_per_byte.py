@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -20,20 +20,24 @@ from sleb_cli.results import BytesResult
 from sleb_cli.texts.source import Text
 from sleb_plugins import UsageError
 
-STRETCH = 4_096
+STRETCH = 1_024
 """A text without documents is cut into stretches of this many characters, each one observation."""
 
 
 @dataclass(frozen=True)
 class ByteWindows:
-    """A text in the tokens of one model, with the bytes of each predicted token, as of `counted`.
+    """A text in the tokens of one model.
 
-    `windows.clusters` numbers documents or stretches of the text, alike for all tokenizers.
+    Attributes:
+        starts: where each predicted token begins in the text, int64 [windows, positions - 1].
+        bytes: how many bytes of the text it has, of this shape.
+        end: where the last window ends in the text.
     """
 
     windows: EvaluationWindows
+    starts: Tensor
     bytes: Tensor
-    stretch: int | None
+    end: int
 
 
 def cut_by_bytes(tokenizer: Any, text: Text, length: int, *, most: int | None) -> ByteWindows:
@@ -48,50 +52,55 @@ def cut_by_bytes(tokenizer: Any, text: Text, length: int, *, most: int | None) -
             f"The tokenizers differ, so {text.source} cannot be compared token by token.",
             hint="Compare running text, or leave it out and compare tasks.",
         )
-    stretch = None
-    if len(text.documents) < 2:
-        stretch = STRETCH
-        text = replace(text, documents=tuple(range(0, len(text.content), STRETCH)))
     windows = cut_for_evaluation(tokenizer, text, length, most=most)
+    count = windows.ids.numel()
     tokens = tokenizer(text.content, return_offsets_mapping=True)
     # A token ends where the next begins: pieces of one character count it once.
     starts = [start for start, _ in tokens.offset_mapping] + [len(text.content)]
     sizes = []
-    for start, end in pairwise(starts[: windows.ids.numel() + 1]):
+    for start, end in pairwise(starts[: count + 1]):
         sizes.append(len(text.content[start:end].encode()))
-    by_token = torch.tensor(sizes).view(windows.ids.shape)
-    return ByteWindows(windows, by_token[:, 1:], stretch)
+    return ByteWindows(
+        windows,
+        starts=torch.tensor(starts[:count]).view(windows.ids.shape)[:, 1:],
+        bytes=torch.tensor(sizes).view(windows.ids.shape)[:, 1:],
+        end=starts[count],
+    )
 
 
 def measure_bytes(
     dense: ByteWindows, other: ByteWindows, models: Models, batch_size: int | None
 ) -> BytesResult:
     """Measure both models of a comparison on a text, each in its own tokens."""
+    text = dense.windows.text
+    # Windows of the two tokenizers end at other places.
+    end = min(dense.end, other.end)
+    stretch = None
+    documents = [start for start in text.documents if start < end]
+    if len(documents) < 2:
+        stretch = STRETCH
+        documents = list(range(0, end, STRETCH))
     bits = []
     sizes = []
+    tokens = []
     for read, of_model in ((dense, models), (other, models.alone())):
-        losses = _losses(read, of_model, batch_size)
-        bits.append(_sum_by_cluster(losses / math.log(2), read))
-        sizes.append(_sum_by_cluster(read.bytes.double(), read))
-    # The last one may not be whole: windows of the two tokenizers end at other places.
-    whole = min(map(len, sizes))
-    if whole > 1:
-        whole -= 1
-    bits = [of_model[:whole] for of_model in bits]
-    sizes = [of_model[:whole] for of_model in sizes]
+        counted = read.starts < end
+        cluster = torch.searchsorted(torch.tensor(documents), read.starts[counted], right=True) - 1
+        sums = torch.zeros(len(documents), dtype=torch.float64)
+        losses = _losses(read, of_model, batch_size)[counted]
+        bits.append(sums.index_add(0, cluster, losses / math.log(2)))
+        sizes.append(sums.index_add(0, cluster, read.bytes[counted].double()))
+        tokens.append(int(counted.sum()))
     change = ratio_difference((bits[0], sizes[0]), (bits[1], sizes[1]))
-    before, after = (
-        float(total.sum() / size.sum()) for total, size in zip(bits, sizes, strict=True)
-    )
-    text = dense.windows.text
+    before = float(bits[0].sum() / sizes[0].sum())
     return BytesResult(
         text=text.source,
         sequence_length=dense.windows.ids.shape[1],
-        tokens=(dense.bytes.numel(), other.bytes.numel()),
+        tokens=(tokens[0], tokens[1]),
         bytes=int(sizes[0].sum()),
-        clusters=whole,
-        stretch=dense.stretch,
-        bits=(before, after),
+        clusters=len(documents),
+        stretch=stretch,
+        bits=(before, before + change.mean),
         difference=change.mean,
         standard_error=change.standard_error,
         interval=change.interval,
@@ -105,9 +114,3 @@ def _losses(read: ByteWindows, models: Models, batch_size: int | None) -> Tensor
         name = models.architecture.source.name
         (scores,) = scorer.score_all(f"{name} on {windows.text.source}", "windows")
     return scores["nll"].double()
-
-
-def _sum_by_cluster(values: Tensor, read: ByteWindows) -> Tensor:
-    clusters = read.windows.clusters
-    sums = torch.zeros(int(clusters.max()) + 1, dtype=torch.float64)
-    return sums.index_add(0, clusters.flatten(), values.flatten())
