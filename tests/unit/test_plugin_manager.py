@@ -265,7 +265,8 @@ RUN = "class L(sleb.LoadedModel):\n        run = close = lambda *_: {}\n    load
         ),
         (
             "ModelMetric",
-            "with_argument, score_model = lambda m, _: m, 0\n    fingerprint = lambda m: 'a\\ud800'",
+            "with_argument, score_model = lambda m, _: m, 0\n"
+            "    fingerprint = lambda m: 'a\\ud800'",
             r"returned 'a\ud800' from fingerprint, not text of whole characters",
         ),
         (
