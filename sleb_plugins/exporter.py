@@ -69,6 +69,7 @@ class Exporter(ABC):
         needs_model: whether it needs the model. Otherwise it describes a plan, from its JSON files
             alone.
         plan_suffices: whether it needs the model only for blocks that no plan names.
+        compares: whether it also shows what was measured of two models, without a plan.
         several: whether it describes any number of plans, and needs no model.
     """
 
@@ -79,6 +80,7 @@ class Exporter(ABC):
     uses_source: ClassVar[bool] = False
     needs_model: ClassVar[bool] = True
     plan_suffices: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
     several: ClassVar[bool] = False
 
     @abstractmethod

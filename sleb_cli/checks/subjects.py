@@ -18,6 +18,7 @@ from sleb_cli.requests import (
     SubjectRequest,
     Unit,
 )
+from sleb_cli.results import EvalResult
 from sleb_plugins import PlanError, UsageError
 from sleb_plugins.errors import did_you_mean
 
@@ -37,9 +38,10 @@ class NamedSubject:
         removals: the blocks to remove; none if only a model was named.
         sizes: how many of them, for each pruned model to be measured, in ascending order.
         plan: the plan that names them, cut to this number.
-        file: the plan's file.
+        file: the file of the plan, or of the comparison.
         any_model: whether the model may be another than the plan was made for.
         other: the model that is compared with this one.
+        comparison: what was measured of two models, if `file` is such a result.
         gguf: the GGUF file that is cut, instead of making a checkpoint of the model.
     """
 
@@ -51,6 +53,7 @@ class NamedSubject:
     file: Path | None = None
     any_model: bool = False
     other: str | None = None
+    comparison: EvalResult | None = None
     gguf: Path | None = None
 
     @property

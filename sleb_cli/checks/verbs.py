@@ -234,14 +234,15 @@ def check_export(request: ExportRequest, registry: Registry) -> tuple[list[Named
                 f"--to {request.to} describes a plan, but {file} is a model.",
                 hint="Name a plan of `sleb search`.",
             )
-        comparison = read_comparison(file)
+        comparison = _read_comparison(file)
         if comparison:
-            if exporter.name not in ("report", "table") or request.more:
+            if not exporter.compares or request.more:
                 raise UsageError(
                     f"{file} compares two models, and is shown alone, by --to report or table.",
                     hint=f"sleb export {file} --to report",
                 )
-            subjects.append(NamedSubject(request, comparison.model.id, (), file=file))
+            model = comparison.model.id
+            subjects.append(NamedSubject(request, model, (), file=file, comparison=comparison))
             continue
         plan = read_named_plan(file, request)
         # Not looked for: the model may be on another machine.
@@ -249,7 +250,7 @@ def check_export(request: ExportRequest, registry: Registry) -> tuple[list[Named
     return subjects, exporter
 
 
-def read_comparison(file: Path) -> EvalResult | None:
+def _read_comparison(file: Path) -> EvalResult | None:
     """Read what `eval --against` wrote; None if the file is none of these."""
     with suppress(UnreadableRecord, FileNotFoundError):
         result = EvalResult.read(file, "the result")

@@ -173,6 +173,13 @@ def _unlike_a_headline(timed: tuple[WorkloadResult, PrunedTiming]) -> tuple[bool
     return timing.interval is None, -tokens
 
 
+def read_comparison(pruning: Pruning) -> EvalResult | None:
+    """Read what was measured of two models; None if the input describes a plan."""
+    if pruning.plan is not None or not pruning.evaluation:
+        return None
+    return EvalResult.model_validate_json(to_json(pruning.evaluation))
+
+
 def read_findings(pruning: Pruning) -> Findings:
     """Read the plan and results in an exporter's input back into records."""
     assert pruning.plan is not None  # `needs_model` is false

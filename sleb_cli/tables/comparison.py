@@ -8,6 +8,7 @@ from functools import partial
 
 from sleb_cli.names import public_source
 from sleb_cli.results import BytesResult, EvalResult, Interval, StageRecord, TaskResult, TextResult
+from sleb_cli.tables.quality import evaluation_tables, main_tasks, perplexity_change, text_names
 from sleb_cli.tables.table import Column, Table, between, tabulate
 from sleb_cli.units import format_bytes, format_change, format_share, plural
 
@@ -25,11 +26,10 @@ BAR = 24
 
 
 def comparison_tables(result: EvalResult) -> list[Table]:
-    """List the bits per byte of each text, and the stages of both models, if two are compared."""
-    compared = result.compared
-    if compared is None:
-        return []
-    return [bits_per_byte(compared.bytes), stages(compared.stages)]
+    """List what was measured of two models, and their stages."""
+    assert result.compared
+    tables = evaluation_tables(result, text_names(result.texts))
+    return [*tables, bits_per_byte(result.compared.bytes), stages(result.compared.stages)]
 
 
 def bits_per_byte(results: Sequence[BytesResult]) -> Table:
@@ -79,8 +79,7 @@ def _difference(difference: float) -> str:
 def conclusions(result: EvalResult) -> list[str]:
     """Say in sentences what the other model lost."""
     compared = result.compared
-    if compared is None:
-        return []
+    assert compared
     before, after = compared.files_bytes
     size = f"{format_bytes(after)} on disk"
     if after != before:
@@ -120,26 +119,25 @@ def _of_text(text: TextResult) -> str:
     divergence = scores.divergence.mean
     if divergence < SAME:
         return f"On {_named(text)}, it predicts the same: KL {divergence:.1g}."
-    change = format_change(math.expm1(scores.log_ratio))
-    if scores.interval:
-        low, high = math.expm1(scores.interval.low), math.expm1(scores.interval.high)
-        change += f" ({format_change(low)} to {format_change(high)})"
+    value, interval = perplexity_change(scores)
+    change = format_change(value)
+    if interval:
+        change += f" ({between(interval, format_change)})"
     return f"On {_named(text)}, perplexity changed by {change}, at KL {divergence:.3f}."
 
 
 def _of_bytes(text: BytesResult) -> str:
     name = public_source(text.text)
-    change = f"{text.difference:+.3f}"
+    form = "{:+.3f}".format
+    change = form(text.difference)
     if text.interval:
-        change += f" ({text.interval.low:+.3f} to {text.interval.high:+.3f})"
+        change += f" ({between(text.interval, form)})"
     before, after = text.bits
     return f"On {name}, bits per byte went from {before:.3f} to {after:.3f}: {change}."
 
 
 def _of_tasks(tasks: Sequence[TaskResult]) -> list[str]:
     """Say what was lost of tasks: of each that shows a loss, or of all together."""
-    from sleb_cli.tables.quality import main_tasks
-
     counted = []
     for task in main_tasks(tasks):
         # Who got nothing right cannot lose anything.
@@ -170,4 +168,5 @@ def _of_tasks(tasks: Sequence[TaskResult]) -> list[str]:
 
 
 def _points(value: float, interval: Interval) -> str:
-    return f"{100 * value:.1f} points ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
+    points = Interval(low=100 * interval.low, high=100 * interval.high)
+    return f"{100 * value:.1f} points ({between(points, '{:.1f}'.format)})"

@@ -17,7 +17,6 @@ from sleb_cli.results import (
     TextResult,
     main_metric,
 )
-from sleb_cli.tables.comparison import comparison_tables
 from sleb_cli.tables.table import (
     PERPLEXITY,
     Column,
@@ -79,7 +78,6 @@ def evaluation_tables(result: EvalResult, names: Sequence[str]) -> list[Table]:
         tasks(by_model(result.tasks, task_names(result.tasks), other)),
         verdicts(result.tasks, other),
         corpora(result.corpora, other),
-        *comparison_tables(result),
     ]
 
 

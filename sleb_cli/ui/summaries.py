@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sleb_cli.results import (
         ApplyResult,
         BenchResult,
+        ComparedRecord,
         EvalResult,
         ExportResult,
         GgufResult,
@@ -32,26 +33,36 @@ _NOT_VERIFIED = "not verified (--no-verify)"
 
 def show_evaluation(result: EvalResult, output: Path | None) -> None:
     """Show the quality of the dense model and of each size."""
-    from sleb_cli.tables import comparison, quality
+    from sleb_cli.tables import quality
 
-    title = short_name(result.model.id)
     if result.compared:
-        title = f"{result.compared.name} against {title}"
-    elif result.sizes:
-        title += f" {result.order.describe(result.sizes[-1])}"
-    print_title(title)
-    for table in quality.evaluation_tables(result, quality.text_names(result.texts)):
-        show_table(table)
-    for task in result.tasks:
-        for size in task.pruned:
-            if result.compared:
-                _show_flips(task, size, result.compared.name, "other")
-            else:
+        _show_comparison(result, result.compared)
+    else:
+        title = short_name(result.model.id)
+        if result.sizes:
+            title += f" {result.order.describe(result.sizes[-1])}"
+        print_title(title)
+        for table in quality.evaluation_tables(result, quality.text_names(result.texts)):
+            show_table(table)
+        for task in result.tasks:
+            for size in task.pruned:
                 _show_flips(task, size, result.order.describe(size.removals), "pruned")
-    for sentence in comparison.conclusions(result):
-        print_line(sentence)
     print_line(f"{result.model.computed_in(result.dtype)} on {result.device}")
     print_written(output)
+
+
+def _show_comparison(result: EvalResult, other: ComparedRecord) -> None:
+    """Show what another model lost against the dense one."""
+    from sleb_cli.tables.comparison import comparison_tables, conclusions
+
+    print_title(f"{other.name} against {short_name(result.model.id)}")
+    for table in comparison_tables(result):
+        show_table(table)
+    for task in result.tasks:
+        for scores in task.pruned:
+            _show_flips(task, scores, other.name, "other")
+    for sentence in conclusions(result):
+        print_line(sentence)
 
 
 def _show_flips(task: TaskResult, size: PrunedTaskScores, removed: str, model: str) -> None:

@@ -35,7 +35,7 @@ from sleb_cli.engine.quality.evaluation import Evaluation
 from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask, find_tasks
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.quality.tasks import PRESETS
-from sleb_cli.engine.surgery.loading import Placement, load_tokenizer
+from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.chat import cut_answers, require_template
 from sleb_cli.engine.text.overlap import is_known
@@ -93,10 +93,11 @@ def resolve_evaluation(
     task_models = models
     if request.tasks and placement.stream:  # two models that do not fit together
         task_models = Models(subject, surgeries, place(tasks=True), group, notify, shared)
-    on_cpu = placement.device.type == "cpu"
-    slow = on_cpu and count_parameters(architecture).without(()) > MANY_PARAMETERS
+    slow = False
+    if LOOPS in request.tasks and placement.device.type == "cpu":
+        slow = count_parameters(architecture).without(()) > MANY_PARAMETERS
     tasks = load_requested(request, notify, slow=slow)
-    tokenizer = load_tokenizer(architecture.source)
+    tokenizer = models.tokenizer(())
     names = request.perplexity
     corpus = None
     if request.corpus is not None:
@@ -117,7 +118,6 @@ def resolve_evaluation(
         task_models=task_models,
         compared=compared,
         by_bytes=by_bytes,
-        tokenizer=tokenizer,
         texts=texts,
         tasks=tasks,
         corpus=corpus,
@@ -182,13 +182,9 @@ def _place_models(
         reserved=reserved,
     )
     placement = group.from_main(choose)
-    if (
-        subject.other
-        and not subject.compared
-        and (placement.stream or request.device_map is not None)
-    ):
+    if subject.recovered and (placement.stream or request.device_map is not None):
         raise UsageError(
-            f"The weights of {subject.other.source.id} are not the dense model's, so both must "
+            f"The weights of {subject.recovered.source.id} are not the dense model's, so both must "
             f"fit on one device.",
             hint="Leave out --stream and --device-map, or measure the folder alone: name it "
             "instead of its plan.",
@@ -273,8 +269,8 @@ def _notices(texts: Sequence[EvaluationWindows], subject: Subject) -> list[str]:
     if alone and plan.is_file():
         command = f"sleb eval {in_shell(str(plan))}"
         notices.append(f"Measured alone: `{command}` compares it with the dense model.")
-    if subject.other and not subject.compared:
-        name = subject.other.source.id
+    if subject.recovered:
+        name = subject.recovered.source.id
         notices.append(f"The pruned model is {name}, with its recovered weights.")
     used = _texts_used(subject)
     for windows in texts:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from sleb_cli.atomic import require_new_file
 from sleb_cli.checks.subjects import NamedSubject
-from sleb_cli.checks.verbs import read_comparison
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.measured import read_measurements
 from sleb_cli.events import Notify
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import DEMO, ExportRequest, sibling
+from sleb_cli.results import EvalResult
 from sleb_plugins import Exporter, Pruning, UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
@@ -75,10 +75,8 @@ def _require_only_count_changes(subject: Subject, exporter: Exporter, model: str
         )
 
 
-def _comparison(file: Path) -> Pruning:
+def _comparison(result: EvalResult, file: Path | None) -> Pruning:
     """Describe what was measured of two models."""
-    result = read_comparison(file)
-    assert result
     model = result.model
     return Pruning(
         model=model.id,
@@ -101,8 +99,8 @@ def _pruning(
     """
     plan_fields: dict[str, Any] = {}
     plan = named.plan
-    if named.file and plan is None:
-        return _comparison(named.file)
+    if named.comparison:
+        return _comparison(named.comparison, named.file)
     if plan and named.file:
         model = plan.model
         dtype = plan.search.dtype

@@ -28,8 +28,8 @@ def plan_surgeries(subject: Subject, sizes: Sequence[int]) -> tuple[Surgery, ...
     most = len(subject.surgery.size_key)
     if subject.compared:
         return ()
-    if subject.other and tuple(sizes) != (most,):
-        raise _has_one_size(subject.other.source, most)
+    if subject.recovered and tuple(sizes) != (most,):
+        raise _has_one_size(subject.recovered.source, most)
     if not subject.plan and subject.surgery.other_cuts:
         return (subject.surgery,)
     order = subject.order

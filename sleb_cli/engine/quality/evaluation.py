@@ -60,7 +60,6 @@ class Evaluation:
 
     models: Models
     task_models: Models
-    tokenizer: Any
     texts: tuple[EvaluationWindows, ...]
     tasks: tuple[LoadedTask, ...]
     corpus: CorpusTexts | None
@@ -132,7 +131,7 @@ class _Run:
 
     def measure_task(self, task: LoadedTask) -> tuple[TaskResult, ...]:
         """Measure a task or group, or return its kept results."""
-        fingerprints = task.fingerprints(self.evaluation.tokenizer)
+        fingerprints = task.fingerprints(self.models.tokenizer(()))
         item_key = {"tasks": fingerprints}
         known: tuple[TaskResult, ...] = ()
         for saved in self._find(item_key):

@@ -91,7 +91,9 @@ class Models:
         """Return the other model of a comparison as a dense one."""
         _, other = self.subject.pair
         subject = Subject(Surgery(other), None)
-        return Models(subject, (), self.placement, self.group, self.notify)
+        alone = Models(subject, (), self.placement, self.group, self.notify)
+        alone._loaded[()] = self.without(OTHER)
+        return alone
 
     def short_name(self, size: SizeKey) -> str:
         """Name a size's model in a line of progress."""

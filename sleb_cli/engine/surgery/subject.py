@@ -35,6 +35,11 @@ class Subject:
         return self.surgery.architecture
 
     @property
+    def recovered(self) -> Architecture | None:
+        """The checkpoint of the plan, if its blocks were recovered."""
+        return self.other if self.plan else None
+
+    @property
     def compared(self) -> Architecture | None:
         """The other model, if any two are compared."""
         return None if self.plan else self.other

@@ -2,14 +2,12 @@
 
 from urllib.parse import quote
 
-from sleb_cli.atomic import to_json
-from sleb_cli.exporters.findings import Findings, read_findings
+from sleb_cli.exporters.findings import Findings, read_comparison, read_findings
 from sleb_cli.exporters.headline import sentences, verdicts, warnings
 from sleb_cli.exporters.report.drawing import Plot, render_svg, require_extra
 from sleb_cli.exporters.report.sections import sections
-from sleb_cli.results import EvalResult
-from sleb_cli.tables.comparison import conclusions
-from sleb_cli.tables.quality import evaluation_tables, perplexity_change, text_names
+from sleb_cli.tables.comparison import comparison_tables, conclusions
+from sleb_cli.tables.quality import perplexity_change
 from sleb_cli.tables.search_results import sample_rows
 from sleb_cli.tables.speed import workload_name
 from sleb_cli.tables.table import between
@@ -24,6 +22,7 @@ class Report(Exporter):
     description = "a page about a plan: what it costs, what it gains, how it was found"
     ending = ".report.html"
     needs_model = False
+    compares = True
 
     def export(self, pruning: Pruning) -> str:
         """Return the page.
@@ -42,12 +41,12 @@ class Report(Exporter):
             loader=jinja2.PackageLoader("sleb_cli.exporters.report", ""),
         )
         environment.filters["picture"] = _to_url
-        if pruning.plan is None and pruning.evaluation:
-            result = EvalResult.model_validate_json(to_json(pruning.evaluation))
+        comparison = read_comparison(pruning)
+        if comparison:
             page: str = environment.get_template("comparison.html.j2").render(
-                result=result,
-                sentences=conclusions(result),
-                tables=evaluation_tables(result, text_names(result.texts)),
+                result=comparison,
+                sentences=conclusions(comparison),
+                tables=comparison_tables(comparison),
                 file=pruning.plan_file,
             )
             return page

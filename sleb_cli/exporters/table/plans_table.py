@@ -5,13 +5,12 @@ from collections.abc import Callable
 from functools import partial
 from io import StringIO
 
-from sleb_cli.atomic import to_json
-from sleb_cli.exporters.findings import read_findings
+from sleb_cli.exporters.findings import read_comparison, read_findings
 from sleb_cli.exporters.table.figure import draw_figure
 from sleb_cli.exporters.table.rows import METHOD, SETTINGS, PlanTable, plan_table
 from sleb_cli.results import EvalResult
-from sleb_cli.tables.comparison import conclusions
-from sleb_cli.tables.quality import Estimate, evaluation_tables, text_names
+from sleb_cli.tables.comparison import comparison_tables, conclusions
+from sleb_cli.tables.quality import Estimate
 from sleb_cli.tables.table import Column, between, in_markdown, tabulate, to_markdown
 from sleb_plugins.errors import UsageError
 from sleb_plugins.exporter import Exporter, Pruning
@@ -25,6 +24,7 @@ class PlansTable(Exporter):
         "what was measured of plans, a row for each size: Markdown, or a .csv or .svg file"
     )
     needs_model = False
+    compares = True
     several = True
 
     def export(self, pruning: Pruning) -> str:
@@ -41,23 +41,22 @@ class PlansTable(Exporter):
                 f"A table cannot be {pruning.output}.",
                 hint="Use a name that ends in .md, .csv or .svg.",
             )
-        if pruning.plan is None and pruning.evaluation:
+        comparison = read_comparison(pruning)
+        if comparison:
             if suffix != ".md":
                 raise UsageError(
                     f"A comparison of two models cannot be {pruning.output}.",
                     hint="Use a name that ends in .md.",
                 )
-            return comparison_in_markdown(
-                EvalResult.model_validate_json(to_json(pruning.evaluation))
-            )
+            return _comparison_to_markdown(comparison)
         plans = [read_findings(plan) for plan in (pruning, *pruning.others)]
         return formats[suffix](plan_table(plans))
 
 
-def comparison_in_markdown(result: EvalResult) -> str:
+def _comparison_to_markdown(result: EvalResult) -> str:
     """Write a comparison of two models for a model card, with the command that repeats it."""
     lines = [f"- {in_markdown(sentence)}" for sentence in conclusions(result)]
-    for table in evaluation_tables(result, text_names(result.texts)):
+    for table in comparison_tables(result):
         if table.rows:
             lines += ["", f"**{table.title}**", "", *to_markdown(table)]
     lines.append("")
