@@ -499,9 +499,9 @@ class EvalResult(ResultRecord):
     blocks, fewest first.
 
     `behavior` is a hash over all of the model's files that decide a number: weights, config,
-    trusted code, tokenizer and generation settings; `recovered` is that of the model in place of a
-    pruned one, if its weights are not the dense model's. If that is any other model, `compared`
-    names it, and its size is `OTHER`. `commands` are those that measured it, one for each run.
+    trusted code, tokenizer and generation settings; `recovered` is the hash of the model in place
+    of a pruned one, if its weights are not the dense model's. If that is any other model,
+    `compared` names it, and its size is `OTHER`. `commands` measured it, one for each run.
     """
 
     left_out_if_none = ResultRecord.left_out_if_none | {"corpora", "compared"}

@@ -47,7 +47,7 @@ Measures = dict[str, list[float]]
 """The values of each query, text or pair, by the name of the measure."""
 
 
-class Comparison(ABC):
+class CorpusComparison(ABC):
     """How outputs of one kind are compared with the dense model's, on a corpus.
 
     Attributes:
@@ -87,7 +87,7 @@ class CorpusTexts:
     """
 
     texts: PaddedTexts
-    comparison: Comparison
+    comparison: CorpusComparison
     description: dict[str, Any]
 
 
@@ -194,7 +194,7 @@ def _scores(items: Sequence[float]) -> TaskScores:
     return TaskScores(value=fmean(items), stderr=None, interval=None, items=tuple(items))
 
 
-class VectorComparison(Comparison):
+class VectorComparison(CorpusComparison):
     """Each query, or each text, finds the nearest texts in two indices."""
 
     needed = NEAREST + 2
@@ -236,7 +236,7 @@ class VectorComparison(Comparison):
         return measures
 
 
-class ScoreComparison(Comparison):
+class ScoreComparison(CorpusComparison):
     """A reranker sorts the judged texts of each query, and some others."""
 
     def __init__(self, corpus: Corpus, architecture: Architecture) -> None:
@@ -270,7 +270,7 @@ class ScoreComparison(Comparison):
         return measures
 
 
-class ClassComparison(Comparison):
+class ClassComparison(CorpusComparison):
     """A classifier chooses a class for each text or pair."""
 
     def __init__(self, corpus: Corpus, architecture: Architecture) -> None:
@@ -292,7 +292,7 @@ class ClassComparison(Comparison):
         return measures
 
 
-COMPARISONS: dict[str, type[Comparison]] = {
+COMPARISONS: dict[str, type[CorpusComparison]] = {
     "vectors": VectorComparison,
     "scores": ScoreComparison,
     "classes": ClassComparison,

@@ -166,7 +166,7 @@ class Training:
         """Add the gradient of the mean divergence, `size` sequences at once; return the mean."""
         if size < self.micro_batch:
             self.micro_batch = size
-            self.weights.gradient.zero_()  # drops those of pieces before memory ran out
+            self.weights.gradient.zero_()  # of pieces before memory ran out
         total = 0.0
         for piece in batch.split(size):
             share = piece.targets / batch.targets
