@@ -137,14 +137,22 @@ def test_a_model_with_other_numbers_for_its_tokens_is_the_same(sleb, parent, tex
     assert not any(stage["stands_out"] for stage in data["compared"]["stages"])
 
 
-def test_models_with_other_tokenizers_are_compared_by_bytes(sleb, parent, tmp_path):
+@pytest.fixture
+def with_letters(tmp_path):
+    """A model whose tokens are single letters."""
     other = save_model(tmp_path / "other", llama_config(5), seed=3)
     letters = Tokenizer(models.BPE())
     letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     letters.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     letters.train_from_iterator(["zzzz"], trainers.BpeTrainer(initial_alphabet=alphabet))
-    PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="z").save_pretrained(other)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, bos_token="a", eos_token="z")
+    tokenizer.save_pretrained(other)
+    return other
+
+
+def test_models_with_other_tokenizers_are_compared_by_bytes(sleb, parent, with_letters, tmp_path):
+    other = with_letters
     text = tmp_path / "text.txt"
     text.write_text(prose(900).replace(".", ". ü"))
     length = ["--perplexity", text, "--sequence-length", LENGTH]
@@ -161,6 +169,22 @@ def test_models_with_other_tokenizers_are_compared_by_bytes(sleb, parent, tmp_pa
         expected = losses(logits_of(folder, ids), ids)[counted].sum() / math.log(2) / size
         assert bits == pytest.approx(float(expected), rel=0.01)
     assert compared["interval"]["low"] < compared["difference"] < compared["interval"]["high"]
+
+
+def test_with_bos_tokenizers_predict_every_byte(sleb, parent, with_letters, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(prose(900))
+    options = ["--perplexity", text, "--sequence-length", LENGTH, "--bos", "--json"]
+    result = sleb("eval", with_letters, "--against", parent, *options)
+    (compared,) = result.data["compared"]["bytes"]
+    ends = []
+    for folder in (parent, with_letters):
+        tokens = AutoTokenizer.from_pretrained(folder)(
+            text.read_text(), return_offsets_mapping=True
+        )
+        count = len(tokens.input_ids) // (LENGTH - 1) * (LENGTH - 1)
+        ends.append(tokens.offset_mapping[count - 1][1])
+    assert compared["bytes"] == min(ends)
 
 
 def test_windows_with_a_token_that_the_other_lacks_are_left_out(sleb, parent, tmp_path):

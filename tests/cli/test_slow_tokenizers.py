@@ -43,6 +43,17 @@ def test_a_slow_tokenizer_goes_from_plan_to_checkpoint(search, sleb, text_file, 
         )
 
 
+def test_models_with_slow_tokenizers_are_compared(sleb, text_file, tmp_path):
+    config = llama_config(3, vocab_size=400, bos_token_id=None)
+    parent = with_tokenizer(save_model(tmp_path / "parent", config), ByT5Tokenizer())
+    other = with_tokenizer(save_model(tmp_path / "other", config, seed=1), ByT5Tokenizer())
+    result = sleb("eval", other, "--against", parent, *evaluation(text_file), "--json")
+    (measured,) = result.data["texts"]
+    assert measured["windows"] == 4
+    perplexity = measured["pruned"][0]["perplexity"]
+    assert perplexity == pytest.approx(plain_perplexity(other, text_file.read_text()), rel=1e-4)
+
+
 def test_tasks_that_write_need_a_token_that_ends_a_text(sleb, tmp_path):
     vocabulary = {"<unk>": 0} | {letter: n for n, letter in enumerate(string.printable.strip(), 1)}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))

@@ -116,7 +116,13 @@ def _cut_by_bytes(
     windows: EvaluationWindows, models: Models, request: EvalRequest
 ) -> tuple[ByteWindows, ByteWindows]:
     lengths = [choose_length(request.sequence_length, model) for model in models.subject.pair]
-    cut = partial(cut_by_bytes, text=windows.text, length=min(lengths), most=request.max_windows)
+    cut = partial(
+        cut_by_bytes,
+        text=windows.text,
+        length=min(lengths),
+        bos=request.bos,
+        most=request.max_windows,
+    )
     return cut(models.tokenizer(())), cut(models.tokenizer(OTHER))
 
 
@@ -134,7 +140,7 @@ def describe_other(subject: Subject, shared: SharedTokens | None) -> ComparedRec
 
 
 def vocabulary_sizes(subject: Subject) -> tuple[int, int]:
-    """Return how many tokens the tokenizers of two models have that are compared."""
+    """Count the tokens of the tokenizers of two models that are compared."""
     dense, other = [load_tokenizer(model.source).get_vocab() for model in subject.pair]
     return len(dense), len(other)
 

@@ -40,8 +40,10 @@ class ByteWindows:
     end: int
 
 
-def cut_by_bytes(tokenizer: Any, text: Text, length: int, *, most: int | None) -> ByteWindows:
-    """Cut a text into windows of a model's tokens.
+def cut_by_bytes(
+    tokenizer: Any, text: Text, length: int, *, bos: bool, most: int | None
+) -> ByteWindows:
+    """Cut a text into windows of a model's tokens; with `bos`, each begins with the BOS token.
 
     Raises:
         UsageError: the text is conversations, or the tokenizer does not tell where tokens are.
@@ -52,9 +54,10 @@ def cut_by_bytes(tokenizer: Any, text: Text, length: int, *, most: int | None) -
             f"The tokenizers differ, so {text.source} cannot be compared token by token.",
             hint="Compare running text, or leave it out and compare tasks.",
         )
-    windows = cut_for_evaluation(tokenizer, text, length, most=most)
-    count = windows.ids.numel()
-    tokens = tokenizer(text.content, return_offsets_mapping=True)
+    windows = cut_for_evaluation(tokenizer, text, length, bos=bos, most=most)
+    width = length - 1 if bos else length
+    count = len(windows.ids) * width
+    tokens = tokenizer(text.content, add_special_tokens=not bos, return_offsets_mapping=True)
     # A token ends where the next begins: pieces of one character count it once.
     starts = [start for start, _ in tokens.offset_mapping] + [len(text.content)]
     sizes = []
@@ -62,8 +65,8 @@ def cut_by_bytes(tokenizer: Any, text: Text, length: int, *, most: int | None) -
         sizes.append(len(text.content[start:end].encode()))
     return ByteWindows(
         windows,
-        starts=torch.tensor(starts[:count]).view(windows.ids.shape)[:, 1:],
-        bytes=torch.tensor(sizes).view(windows.ids.shape)[:, 1:],
+        starts=torch.tensor(starts[:count]).view(-1, width)[:, 1 - length :],
+        bytes=torch.tensor(sizes).view(-1, width)[:, 1 - length :],
         end=starts[count],
     )
 

@@ -167,6 +167,7 @@ class _Run:
         stages: tuple[StageRecord, ...] = ()
         if self.evaluation.texts and have_same_stages(*self.models.subject.pair):
             stages = compare_stages(self.models, self.evaluation.texts[0].ids, batch_size)
+        self.models.require_unchanged()
         return other.model_copy(update={"bytes": tuple(by_bytes), "stages": stages})
 
     def _find(self, item_key: Key) -> list[EvalResult]:

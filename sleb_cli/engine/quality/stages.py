@@ -11,7 +11,7 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.quality.vocabularies import SharedTokens
-from sleb_cli.events import task
+from sleb_cli.events import Notice, task
 from sleb_cli.order import OTHER
 from sleb_cli.results import StageRecord
 from sleb_plugins import UnsupportedModelError
@@ -22,7 +22,7 @@ HEAD_POSITIONS = 64
 """At how many positions of each sequence the heads are compared."""
 STANDS_OUT = 3.0
 """A stage stands out that differs so many times as much as the median one..."""
-LEAST = 0.05
+MIN_DIFFERENCE = 0.05
 """...and at least by this share of what it computes."""
 
 
@@ -36,8 +36,8 @@ def have_same_stages(dense: Architecture, other: Architecture) -> bool:
 def compare_stages(models: Models, ids: Tensor, batch_size: int | None) -> tuple[StageRecord, ...]:
     """Compare the stages of both models of a comparison on some windows, [windows, positions].
 
-    An error does not grow from stage to stage: every one is given what the dense model computes.
-    Returns nothing if blocks of a model do not run on their own.
+    An error does not grow from stage to stage: every one is given what the dense model computes. If
+    blocks of a model do not run on their own, the listener is told, and nothing is returned.
     """
     assert models.shared
     windows = max(1, MAX_TOKENS // ids.shape[1])
@@ -45,7 +45,8 @@ def compare_stages(models: Models, ids: Tensor, batch_size: int | None) -> tuple
         try:
             ids = ids[: min(windows, batch_size or windows)]
             differences = _compare(dense, other, ids.to(dense.device), models)
-        except UnsupportedModelError:
+        except UnsupportedModelError as error:
+            models.notify(Notice(f"The blocks are not compared: {error.message}"))
             return ()
     return judge(differences)
 
@@ -55,7 +56,7 @@ def judge(differences: dict[str, float]) -> tuple[StageRecord, ...]:
     usual = median(differences.values())
     records = []
     for stage, difference in differences.items():
-        stands_out = difference > max(LEAST, STANDS_OUT * usual)
+        stands_out = difference > max(MIN_DIFFERENCE, STANDS_OUT * usual)
         records.append(StageRecord(stage=stage, difference=difference, stands_out=stands_out))
     return tuple(records)
 

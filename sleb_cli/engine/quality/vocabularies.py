@@ -30,7 +30,9 @@ class SharedTokens:
     is_whole: bool
 
     def of_other(self, ids: Tensor) -> Tensor:
-        """Return the other model's numbers of tokens; -1 for those that it lacks."""
+        """Return the other model's numbers of tokens; -1 for tokens that it lacks."""
+        if self.is_whole:
+            return ids
         return _translate(ids, self.dense, self.other)
 
     def places(self, ids: Tensor) -> Tensor:
@@ -91,17 +93,19 @@ def read_alike(
         alike &= _cut_alike(windows, shared, dense, other)
     if alike.double().mean() < ENOUGH_WINDOWS:
         return None
-    return windows.of(alike)
+    return windows.select(alike)
 
 
 def _cut_alike(windows: EvaluationWindows, shared: SharedTokens, dense: Any, other: Any) -> Tensor:
     """Return for each window whether the other tokenizer cuts its text into the same tokens."""
     content = windows.text.content
-    ids, starts = _placed(other, content)
-    theirs = set(zip(starts, ids, strict=True))
-    ids, starts = _placed(dense, content)
-    ours = shared.of_other(torch.tensor(ids)).tolist()
-    same = torch.tensor([token in theirs for token in zip(starts, ours, strict=True)])
+    # Slow tokenizers do not tell where tokens are: then the number of tokens before must agree.
+    by_offset = dense.is_fast and other.is_fast
+    ids, starts = _placed(dense, content, by_offset=by_offset)
+    other_ids, other_starts = _placed(other, content, by_offset=by_offset)
+    translated = shared.of_other(torch.tensor(ids)).tolist()
+    in_other = set(zip(other_starts, other_ids, strict=True))
+    same = torch.tensor([token in in_other for token in zip(starts, translated, strict=True)])
     count, length = windows.ids.shape
     if windows.bos == "windows":
         length -= 1  # the BOS has no text
@@ -110,7 +114,10 @@ def _cut_alike(windows: EvaluationWindows, shared: SharedTokens, dense: Any, oth
     return same[: count * length].view(count, length).all(1)
 
 
-def _placed(tokenizer: Any, content: str) -> tuple[list[int], list[int]]:
+def _placed(tokenizer: Any, content: str, *, by_offset: bool) -> tuple[list[int], list[int]]:
     """Return the tokens of a text, without a BOS, and where each begins."""
+    if not by_offset:
+        ids = tokenizer(content, add_special_tokens=False).input_ids
+        return ids, list(range(len(ids)))
     tokens = tokenizer(content, add_special_tokens=False, return_offsets_mapping=True)
     return tokens.input_ids, [start for start, _ in tokens.offset_mapping]

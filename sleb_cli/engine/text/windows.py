@@ -87,7 +87,7 @@ class EvaluationWindows:
     clustered_by: ClusteredBy
     bos: Bos
 
-    def of(self, chosen: Tensor) -> EvaluationWindows:
+    def select(self, chosen: Tensor) -> EvaluationWindows:
         """Return the windows that are chosen, bool [windows]."""
         return replace(
             self,
