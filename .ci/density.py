@@ -80,8 +80,14 @@ def measure(files: list[Path]) -> Density:
 def code_rows(text: str, left_out: set[int]) -> list[int]:
     """Return the row of each token of code."""
     rows = []
+    open_f_strings = 0
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in LAYOUT and token.start[0] not in left_out:
+        # From Python 3.12 on, an f-string is many tokens. As before, it counts as one.
+        name = tokenize.tok_name[token.type]
+        open_f_strings -= name == "FSTRING_END"
+        is_inside = open_f_strings > 0 or name == "FSTRING_END"
+        open_f_strings += name == "FSTRING_START"
+        if not is_inside and token.type not in LAYOUT and token.start[0] not in left_out:
             rows.append(token.start[0])
     return rows
 
