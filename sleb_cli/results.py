@@ -655,8 +655,8 @@ class Timing(Record):
     the first, E2EL that from end to end; all prompts of a batch share them. `ttfts`, `itls` and
     `e2els` are the samples, in seconds, by iteration; without new tokens there are no `itls`, and
     the first token is the end. `tokens_per_second` counts the new tokens of all prompts, or the
-    tokens of the prompts if there are none. `outliers` is the number of `e2els` beyond Tukey's
-    fences, which are kept.
+    tokens of the prompts if there are none, over all iterations; tables show those of the median.
+    `outliers` is the number of `e2els` beyond Tukey's fences, which are kept.
     """
 
     tokens_per_second: float

@@ -36,6 +36,12 @@ def texts_per_second(workload: Workload, timing: Timing) -> float | None:
     return 1000 * workload.batch_size / timing.e2el_ms.median
 
 
+def tokens_per_second(workload: Workload, timing: Timing) -> float:
+    """Return the new tokens in a second, or those of prompts without any, by the median."""
+    tokens = workload.batch_size * (workload.new_tokens or workload.prompt_length)
+    return 1000 * tokens / timing.e2el_ms.median
+
+
 def speeds(timed: Iterable[Scored], result: BenchResult) -> Table:
     """List the speedup of each workload."""
     order = result.order
@@ -59,7 +65,7 @@ def speeds(timed: Iterable[Scored], result: BenchResult) -> Table:
             interval = timing.interval
             ratio = order.block_ratio(len(timing.removals))
         median = timing.e2el_ms.median
-        rates = [timing.tokens_per_second, None]
+        rates = [tokens_per_second(workloads[workload], timing), None]
         if reads:
             rates = [None, texts_per_second(workloads[workload], timing)]
         rows.append([workload, model, median, *rates, speedup, interval, ratio])

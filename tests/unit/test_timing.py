@@ -18,6 +18,7 @@ from sleb_cli.engine.speed.timing import (
 from sleb_cli.engine.statistics import MIN_ROUNDS, count_outliers, median_ratio_interval
 from sleb_cli.events import Notice, ignore
 from sleb_cli.results import WarmupRecord, Workload
+from sleb_cli.tables.speed import tokens_per_second
 from sleb_plugins.engine import TimedRun
 
 
@@ -179,3 +180,15 @@ def test_a_speedup_is_over_the_dense_runs_of_the_same_rounds():
     assert {timing.removals: timing.speedup for timing in found.pruned} == {(3,): 2, (3, 4): 3}
     assert (found.warmup.runs, found.warmup.deviation, found.warmup.stable) == (9, 0.09, False)
     assert found.pruned[0].interval is found.dense.memory is None
+
+
+def test_a_slow_run_makes_no_row_contradict_itself():
+    rounds = [{(): TimedRun(2), (3,): TimedRun(1)}] * 4
+    rounds.append({(): TimedRun(2), (3,): TimedRun(9)})
+    warmup = WarmupRecord(runs=3, deviation=0.03, stable=True)
+    measured = [Measured(warmup, rounds)]
+    result = workload_result(PROMPT, measured, {}, engine_version=None, attention=None)
+    dense, pruned = result.dense, result.pruned[0]
+    assert pruned.speedup == 2
+    assert pruned.tokens_per_second < dense.tokens_per_second
+    assert [tokens_per_second(result.workload, timing) for timing in (dense, pruned)] == [8, 16]

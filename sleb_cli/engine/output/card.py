@@ -24,7 +24,7 @@ from sleb_cli.results import ApplyResult, BenchResult, EvalResult
 from sleb_cli.tables import search_results
 from sleb_cli.tables.checks import check_clauses
 from sleb_cli.tables.quality import perplexity_change, task_name, text_names
-from sleb_cli.tables.speed import workload_name
+from sleb_cli.tables.speed import tokens_per_second, workload_name
 from sleb_cli.tables.table import Table, in_markdown, to_markdown
 from sleb_cli.tables.usage import python_lines
 from sleb_cli.units import format_change, format_perplexity
@@ -254,7 +254,10 @@ def _timed(benchmark: BenchResult | None, size: SizeKey) -> list[_Row]:
     for result in benchmark.workloads:
         if timing := of_size(result.pruned, size):
             unit = "tokens a second"
-            rates = [result.dense.tokens_per_second, timing.tokens_per_second]
+            rates = [
+                tokens_per_second(result.workload, result.dense),
+                tokens_per_second(result.workload, timing),
+            ]
             if benchmark.model.output:
                 unit = "milliseconds"
                 rates = [result.dense.e2el_ms.median, timing.e2el_ms.median]
