@@ -416,7 +416,7 @@ class SearchRequest(Request):
         "Read `messages` of files and data sets as conversations, and count all tokens or only the "
         "answers.",
         _CALIBRATION,
-        default="answers, in conversations that the model writes",
+        default="answers",
     )
     prompt: str | None = _prompt(panel=_CALIBRATION)
     holdout: float | None = option(

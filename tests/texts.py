@@ -12,7 +12,9 @@ from sleb_cli.engine.text.settings import CalibrationSettings
 def text_settings(source, samples=4, length=48, **changes):
     """Return settings for so many sequences of a text, as the user gives them."""
     shares = parse_mixture(str(source))
-    own = CalibrationSettings(str(source), shares, samples, length, 0, None, samples_given=True)
+    own = CalibrationSettings(
+        str(source), shares, samples, length, 0, None, samples_given=True, length_given=True
+    )
     return replace(own, **changes)
 
 

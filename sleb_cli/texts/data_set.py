@@ -145,6 +145,11 @@ class DataSet(TextSource):
         config, self.split, self.column = [*parts, "", "", ""][:3]
         self.text = Column(path, config or None, self.split or "train", self.column or "text")
 
+    @property
+    def is_conversations(self) -> bool:
+        """Whether it has a column `messages` and no `text`, and no column is named."""
+        return not self.column and _has_messages_alone(load(self.text))
+
     def read(self, draw: Draw) -> Text:
         """Read documents or conversations of this part until there are enough."""
         if not draw.chat:
@@ -166,7 +171,7 @@ class DataSet(TextSource):
             column = replace(column, split=split)
             name = f"{column.path}:{column.config or ''}:{split}:{self.column}".rstrip(":")
         rows = load(column)
-        if not self.column and "text" not in rows.column_names and MESSAGES in rows.column_names:
+        if not self.column and _has_messages_alone(rows):
             column = replace(column, column=MESSAGES)
         values = read_column(rows, column)
         limit = MAX_EVALUATION_WINDOWS
@@ -181,6 +186,10 @@ class DataSet(TextSource):
     def origin(self, *, evaluated: bool) -> tuple[str, str, str]:
         """Return the data set with its config and split."""
         return self.text.origin
+
+
+def _has_messages_alone(rows: Any) -> bool:
+    return MESSAGES in rows.column_names and "text" not in rows.column_names
 
 
 def _is_title(line: str) -> bool:

@@ -35,7 +35,13 @@ class LocalFile(TextSource):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.holds_conversations = Path(name).suffix == ".jsonl"
+        self.has_lines = Path(name).suffix == ".jsonl"
+        self.holds_conversations = self.has_lines
+
+    @property
+    def is_conversations(self) -> bool:
+        """Whether its first line has `messages` and no `text`."""
+        return self.has_lines and begins_with_messages(read_file(self.name))
 
     def require(self) -> None:
         """Raise a DataError unless there is such a file."""
@@ -49,9 +55,9 @@ class LocalFile(TextSource):
         return self._text(content, draw.split)
 
     def read_for_evaluation(self, length: int) -> Text:
-        """Read all of the file: conversations, if its first line has `messages` and no `text`."""
+        """Read all of the file."""
         content = read_file(self.name)
-        if self.holds_conversations and begins_with_messages(content):
+        if self.is_conversations:
             return self._conversations(content, WHOLE)
         return self._text(content, WHOLE)
 
@@ -69,7 +75,7 @@ class LocalFile(TextSource):
     def _text(self, content: str, split: TextSplit) -> Text:
         name = split.label(self.name)
         rows = list[Row]()
-        if self.holds_conversations:
+        if self.has_lines:
             lines = parse_lines(self.name, content, TextLine)
             rows = [Row(line.text, line.query) for line in lines]
             if len(rows) >= MIN_DOCUMENTS:

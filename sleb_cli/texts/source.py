@@ -106,6 +106,15 @@ class TextSource:
         """The name of the same text, cut into windows."""
         return self.name
 
+    @property
+    def is_conversations(self) -> bool:
+        """Whether it can be read as conversations alone.
+
+        Raises:
+            DataError: it is missing or unreadable.
+        """
+        return False
+
     def require(self) -> None:
         """Raise a DataError unless it is there, as far as that is known without reading it."""
 

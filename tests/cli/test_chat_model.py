@@ -154,3 +154,38 @@ def test_perplexity_of_conversations_is_that_of_their_answers(sleb, chatty, tmp_
     assert [{**found, "text": "talks.jsonl"} for found in of_data_set] == [text, text]
     write_lines("talks.jsonl", messages=talks[:1])
     assert "too few for a sequence of 64 with an answer" in sleb(*evaluate, code=5).stderr
+
+
+def test_short_conversations_need_no_option(sleb, chatty, tmp_path):
+    config = json.loads((chatty / "config.json").read_text()) | {"max_position_embeddings": 2048}
+    (chatty / "config.json").write_text(json.dumps(config))
+    talks = [talk(f"river {number}", "snow water stone " * 3) for number in range(12)]
+    write_lines("talks.jsonl", messages=talks)
+    data_set = tmp_path / "org" / "talks"
+    data_set.mkdir(parents=True)
+    shutil.copy("talks.jsonl", data_set / "train.jsonl")
+    search = ["search", chatty, "--remove 1 --force --calibration"]
+    shown = sleb(*search, "talks.jsonl")
+    assert "Reading the answers in talks.jsonl" in shown.stderr
+    plan = read_plan(tmp_path / "plan.json")
+    text = plan.calibration
+    assert text.chat == "answers"
+    assert text.sequences >= 4
+    assert f"tokens, so sequences have {text.sequence_length}, not 2048." in shown.stderr
+    # The same as if it was asked for.
+    sleb(*search, "talks.jsonl", f"--chat answers --sequence-length {text.sequence_length}")
+    steps = read_plan(tmp_path / "plan.json").steps
+    assert [step.score for step in steps] == [step.score for step in plan.steps]
+    sleb(*search, "org/talks:")
+    assert read_plan(tmp_path / "plan.json").calibration.chat == "answers"
+    (measured,) = sleb("eval plan.json --perplexity talks.jsonl --json").data["texts"]
+    assert measured["sequence_length"] == text.sequence_length
+    record = recovered(sleb("apply plan.json --recover --calibration talks.jsonl -o out --json"))
+    assert record.train_text.chat == "answers"
+
+
+def test_text_that_is_too_short_all_the_same_is_refused_with_the_length_that_fits(sleb, chatty):
+    write_lines("talks.jsonl", messages=[talk("river", "snow water")])
+    hint = sleb("search", chatty, "--remove 1 --calibration talks.jsonl", code=5).stderr
+    length = re.search(r"--sequence-length (\d+) or less", hint)[1]
+    sleb("search", chatty, "--remove 1 --calibration talks.jsonl --sequence-length", length)

@@ -23,7 +23,7 @@ PENALISED = GenerationConfig(
 def test_generation_ignores_the_models_own_settings(monkeypatch):
     model, tokenizer = random_model(llama_config(4)), train_tokenizer(bos=True)
     settings = CalibrationSettings(
-        "self", parse_mixture("self"), 3, 24, 0, None, samples_given=True
+        "self", parse_mixture("self"), 3, 24, 0, None, samples_given=True, length_given=True
     )
     expected = generate_own_text(model, tokenizer, settings, notify=ignore)
     model.generation_config = PENALISED

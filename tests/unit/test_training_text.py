@@ -28,7 +28,9 @@ def model():
 
 def settings(source, samples):
     shares = parse_mixture(str(source))
-    own = CalibrationSettings(str(source), shares, samples, LENGTH, 3, None, samples_given=True)
+    own = CalibrationSettings(
+        str(source), shares, samples, LENGTH, 3, None, samples_given=True, length_given=True
+    )
     return replace(own, split=TextSplit(0, 0.7))
 
 

@@ -44,6 +44,7 @@ from sleb_cli.engine.text.windows import (
     EvaluationWindows,
     choose_length,
     cut_for_evaluation,
+    follow_text,
     tokens_sha256,
 )
 from sleb_cli.events import Notice, Notify, ignore, task
@@ -54,6 +55,7 @@ from sleb_cli.requests import AUTO, DEFAULT_TEXT, EvalRequest
 from sleb_cli.texts.corpus_files import Corpus, read_folder, read_lines
 from sleb_cli.texts.local_file import read_file
 from sleb_cli.texts.named import text_source
+from sleb_cli.texts.source import Text
 from sleb_cli.units import in_shell
 from sleb_plugins import PlanError, UsageError
 
@@ -249,16 +251,28 @@ def _read_text(
     length = choose_length(request.sequence_length, architecture)
     with task(notify, f"Reading {name}"):
         text = text_source(name).read_for_evaluation(length)
-        if not text.conversations:
-            return cut_for_evaluation(
-                tokenizer, text, length, bos=request.bos, most=request.max_windows
-            )
-        require_template(tokenizer, name)
-        if request.bos:
-            raise UsageError(
-                f"--bos does not apply to conversations, as in {name}.", hint="Leave out --bos."
-            )
+        if text.conversations:
+            require_template(tokenizer, name)
+            if request.bos:
+                raise UsageError(
+                    f"--bos does not apply to conversations, as in {name}.", hint="Leave out --bos."
+                )
+        if request.sequence_length is not None:
+            return _cut(length, notify, text, tokenizer, request)
+        cut = partial(_cut, text=text, tokenizer=tokenizer, request=request)
+        return follow_text(cut, length, _count_windows, notify)
+
+
+def _cut(
+    length: int, notify: Notify, text: Text, tokenizer: Any, request: EvalRequest
+) -> EvaluationWindows:
+    if text.conversations:
         return cut_answers(tokenizer, text, length, request.max_windows)
+    return cut_for_evaluation(tokenizer, text, length, bos=request.bos, most=request.max_windows)
+
+
+def _count_windows(windows: EvaluationWindows) -> int:
+    return len(windows.ids)
 
 
 def _notices(texts: Sequence[EvaluationWindows], subject: Subject) -> list[str]:

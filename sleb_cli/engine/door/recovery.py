@@ -195,6 +195,7 @@ def _resolve_text(request: ApplyRequest, subject: Subject, *, stream: bool) -> C
     text = resolve_calibration(
         architecture, source, request.samples, length, request.seed, request.chat
     )
+    text = replace(text, length_given=request.sequence_length is not None)
     if stream:
         require_given_text(text)
     if not (text.samples_given or is_reference(text.source)):

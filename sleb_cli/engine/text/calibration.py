@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from sleb_cli.engine.text.windows import (
     begin_with_bos,
     cut_running_text,
     cut_windows,
+    follow_text,
     require_windows,
     tokens_sha256,
     whole_mask,
@@ -93,9 +95,15 @@ def calibrate(
     first = splits[0]
     _require_template_where_needed(first, tokenizer)
     # Texts are read before the model writes any, since they may be missing or too short.
-    drafts = [_read_texts(first, tokenizer, notify)]
-    for split in splits[1:]:
-        drafts.append(_read_texts(split, tokenizer, ignore))
+    if first.length_given:
+        drafts = _read_splits(first.sequence_length, notify, splits, tokenizer)
+    else:
+        read = partial(_read_splits, splits=splits, tokenizer=tokenizer)
+        drafts = follow_text(read, first.sequence_length, _count_sequences, notify)
+    splits = [
+        replace(split, sequence_length=drafts[0].settings.sequence_length) for split in splits
+    ]
+    first = splits[0]
     if first.samples_given and len(splits) > 1:
         _require_samples(splits, drafts, tokenizer)
     for name in first.shares:
@@ -124,12 +132,26 @@ class _Draft:
     rows: dict[str, Sequences]
 
 
+def _read_splits(
+    length: int, notify: Notify, splits: Sequence[CalibrationSettings], tokenizer: Any
+) -> list[_Draft]:
+    drafts = list[_Draft]()
+    for split in splits:
+        settings = replace(split, sequence_length=length)
+        drafts.append(_read_texts(settings, tokenizer, ignore if drafts else notify))
+    return drafts
+
+
+def _count_sequences(drafts: Sequence[_Draft]) -> int:
+    return sum(len(rows) for draft in drafts for rows, _ in draft.rows.values())
+
+
 def _require_template_where_needed(settings: CalibrationSettings, tokenizer: Any) -> None:
     for name in settings.shares:
         if writes_conversations(name):
             require_template(tokenizer, name)
     if settings.chat is not None:
-        require_template(tokenizer, "--chat")
+        require_template(tokenizer, settings.source)
 
 
 def _require_samples(
@@ -215,7 +237,10 @@ def _read_texts(settings: CalibrationSettings, tokenizer: Any, notify: Notify) -
     read = dict[str, Sequences]()
     is_mixture = len(settings.shares) > 1
     for source, count in settings.given_counts.items():
-        with task(notify, f"Reading {source}"):
+        what = source
+        if settings.chat is not None and text_source(source).holds_conversations:
+            what = f"the {'answers' if settings.chat == 'answers' else 'conversations'} in {source}"
+        with task(notify, f"Reading {what}"):
             rows = read_windows(source, count, settings, tokenizer)
             available = len(rows[0])
             if available < count and not is_mixture and not settings.is_reference:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.text.windows import EvaluationWindows, begin_with_bos, require_enough
+from sleb_cli.engine.text.windows import EvaluationWindows, TooShort, begin_with_bos, require_enough
 from sleb_cli.engine.third_party import error_saying, translate_errors
 from sleb_cli.texts.source import Conversation, Text
 from sleb_plugins import DataError, UsageError
@@ -138,12 +138,15 @@ def pack(
     return sequences
 
 
-def _too_few(source: str, rendered: Sequence[Tokens], length: int, *, answers: bool) -> DataError:
+def _too_few(source: str, rendered: Sequence[Tokens], length: int, *, answers: bool) -> TooShort:
     needed = "with an answer in it." if answers else "tokens."
-    return DataError(
-        f"The conversations of {source} have {sum(map(len, rendered))} tokens, too few for a "
-        f"sequence of {length} {needed}",
-        hint="Use more conversations, or another --sequence-length.",
+    tokens = sum(map(len, rendered))
+    return TooShort(
+        f"The conversations of {source} have {tokens} tokens, too few for a sequence of {length} "
+        f"{needed}",
+        "Use more conversations, or --sequence-length",
+        source,
+        tokens,
     )
 
 

@@ -33,6 +33,7 @@ class CalibrationSettings:
 
     `shares` are by source. `samples` counts the sequences of all sources together; for a reference
     preset, it counts rows of text. Sequences are drawn from the part `split` of each source.
+    Without `length_given`, sequences are shorter if the text has none of `sequence_length` tokens.
     `writer` identifies the model in the cache of the text that it writes (None: no cache). With
     `own_answers` and no `chat`, only its answers count in conversations that it writes. `shape` is
     how texts become sequences of a model that reads, each of its own length.
@@ -45,6 +46,7 @@ class CalibrationSettings:
     seed: int
     chat: Chat | None
     samples_given: bool
+    length_given: bool
     split: TextSplit = WHOLE
     writer: str | None = None
     own_answers: bool = False
@@ -81,6 +83,8 @@ def resolve_calibration(
 ) -> CalibrationSettings:
     """Resolve the settings; None stands for a default.
 
+    Of texts that are conversations, the answers count unless `chat` says otherwise.
+
     Raises:
         DataError: prompts that the model is to answer are missing.
         UsageError: the samples, their length or the mixture are invalid, or no source holds the
@@ -100,6 +104,8 @@ def resolve_calibration(
             hint="Leave out --chat, or name self-chat, or a .jsonl file or data set with "
             '"messages": lists of role and content.',
         )
+    if chat is None and not architecture.reading:
+        chat = _chat_of(sources)
     for text in sources:
         text.prompts()  # missing prompts are found before a model is loaded
     if any(text.is_reference for text in sources):
@@ -116,12 +122,17 @@ def resolve_calibration(
         seed=seed or 0,
         chat=chat,
         samples_given=samples is not None,
+        length_given=sequence_length is not None,
         writer=architecture.source.content_hash,
         shape=shape,
     )
     if len(shares) > 1:
         require_mixable(settings, shares)
     return settings
+
+
+def _chat_of(sources: Sequence[TextSource]) -> Chat | None:
+    return "answers" if any(source.is_conversations for source in sources) else None
 
 
 def _require_readable(sources: Sequence[TextSource], chat: Chat | None) -> None:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.events import Notice, Notify, ignore
 from sleb_cli.requests import DEFAULT_LENGTH
 from sleb_cli.results import Bos, ClusteredBy
 from sleb_cli.texts.source import Text
 from sleb_plugins import DataError, UsageError
+
+R = TypeVar("R")
+
+SHORTEST = 32
+"""A sequence has at least this many tokens, unless the user asks for fewer."""
+FEWEST = 4
+"""Sequences of a text that is too short for one of the default length."""
 
 
 def choose_length(
@@ -36,6 +45,46 @@ def choose_length(
             hint=f"Use {option} {limit} or less.",
         )
     return requested
+
+
+class TooShort(DataError):
+    """A text has too few `tokens` for one sequence."""
+
+    def __init__(self, message: str, hint: str, source: str, tokens: int) -> None:
+        super().__init__(message, hint=f"{hint} {tokens} or less.")
+        self.source = source
+        self.tokens = tokens
+
+
+def follow_text(
+    read: Callable[[int, Notify], R],
+    length: int,
+    count: Callable[[R], int],
+    notify: Notify,
+) -> R:
+    """Read sequences of `length` tokens, or of half of it, a quarter and so on, if the text is too
+    short for one.
+
+    Raises:
+        TooShort: of `SHORTEST` tokens, there are fewer than `FEWEST` sequences.
+    """
+    try:
+        return read(length, notify)
+    except TooShort as error:
+        too_short = error
+    shorter = length // 2
+    while shorter >= SHORTEST:
+        try:
+            sequences = read(shorter, ignore)
+        except DataError:  # there are too few
+            shorter //= 2
+            continue
+        if count(sequences) >= FEWEST:
+            tokens = f"{too_short.source} has {too_short.tokens} tokens"
+            notify(Notice(f"{tokens}, so sequences have {shorter}, not {length}."))
+            return sequences
+        shorter //= 2
+    raise too_short
 
 
 def adds_bos(tokenizer: Any) -> bool:
@@ -156,9 +205,11 @@ def require_windows(
     """Return the windows; raise a DataError if there are none, or fewer than required."""
     if not len(windows):
         tokens = len(tokenizer(text.content, add_special_tokens=False).input_ids)
-        raise DataError(
+        raise TooShort(
             f"{text.source} has {tokens} tokens, less than one sequence of {length}.",
-            hint="Use more text, or reduce --sequence-length.",
+            "Use more text, or --sequence-length",
+            text.source,
+            tokens,
         )
     require_enough(len(windows), text.source, length, required)
     return windows
