@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import errno
 import os
+import re
 import signal
 import sys
 import traceback
@@ -25,6 +26,9 @@ BROKEN_PIPE = 128 + 13
 UNREACHABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EIO)
 """The errors of a file that cannot even be looked for."""
 
+_GUESS = re.compile(r" \(Possible| Did you mean")
+"""What Typer suggests for an unknown word."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `sleb` and return its exit code; only a `SlebError` is caught, the rest are bugs."""
@@ -32,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from sleb_cli.ui import console
 
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
     try:
         for word in words:
             require_text(word)
@@ -42,9 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:
         return _report_usage(error, words)
     except SlebError as error:
-        return _report(error)
+        return _report(error, words)
     except OSError as error:
-        return _report_file(error)
+        return _report_file(error, words)
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     if code == INTERRUPTED:
@@ -55,7 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report_usage(error: typer.TyperException, words: list[str]) -> int:
     """Print what is wrong with a command line, and return the exit code."""
     from sleb_cli.synonyms import hint_for
-    from sleb_cli.ui import console
 
     context = getattr(error, "ctx", None)
     command = getattr(context, "command_path", "sleb")
@@ -65,11 +70,11 @@ def _report_usage(error: typer.TyperException, words: list[str]) -> int:
     if not hint and message.startswith("No such option"):
         hint = _commands_with(option, context)
     if hint:
-        message = message.partition(" (Possible")[0]  # which is no better than ours
-    console.print_error(UsageError(message, hint=hint or f"See `{command} --help`."))
+        message = _GUESS.split(message)[0]  # which is no better than ours
+    code = _report(UsageError(message, hint=hint or f"See `{command} --help`."), words)
     # All processes read the same command line, and a launcher would end the main one before it
     # has spoken.
-    return UsageError.exit_code if is_main_process() else 0
+    return code if is_main_process() else 0
 
 
 def _commands_with(option: str | None, context: Any) -> str | None:
@@ -81,7 +86,7 @@ def _commands_with(option: str | None, context: Any) -> str | None:
     return f"{option} is an option of {' and '.join(owners)}." if owners else None
 
 
-def _report_file(error: OSError) -> int:
+def _report_file(error: OSError, words: list[str]) -> int:
     """Print that a file cannot be reached, and return the exit code; raise any other error."""
     from sleb_cli.names import elide
 
@@ -92,12 +97,13 @@ def _report_file(error: OSError) -> int:
         UsageError(
             f"{name} cannot be used: {error.strerror}.",
             hint="Check the name, and the permissions of its folder.",
-        )
+        ),
+        words,
     )
 
 
-def _report(error: SlebError) -> int:
-    """Print an error and return its exit code."""
+def _report(error: SlebError, words: list[str]) -> int:
+    """Print an error, also as JSON if that was asked for, and return its exit code."""
     from sleb_cli.ui import console
 
     if isinstance(error, OutputError) and error.unsaved is not None:
@@ -107,6 +113,14 @@ def _report(error: SlebError) -> int:
             console.print_warning(
                 "The result could not be saved; it was printed on stdout as JSON."
             )
+    elif "--json" in words:
+        shown = {
+            "class": type(error).__name__,
+            "message": console.escape_controls(error.message),
+            "hint": console.escape_controls(error.hint),
+            "exit_code": error.exit_code,
+        }
+        console.print_json({"error": shown})
     console.print_error(error)
     return error.exit_code
 

@@ -5,6 +5,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from sleb_plugins.errors import ModelError, did_you_mean
+
 _FILE = re.compile(r"\.(txt|jsonl|md|json)$")
 # What comes before the file of some texts: "answers:prompts.txt".
 _KIND = re.compile(r"[a-z]{2,}:(?!//)")
@@ -24,15 +26,41 @@ def local_path(named: str) -> Path:
         return Path(named)
 
 
+def names_beside(named: str, *patterns: str) -> list[str]:
+    """Return names beside a path that fit a pattern: `*.json`, or `*/config.json` for folders."""
+    folder = local_path(named).parent
+    names = []
+    for pattern in patterns:
+        names += [path.relative_to(folder).parts[0] for path in folder.glob(pattern)]
+    return sorted(names)
+
+
+def closest_model(named: str, otherwise: str) -> str:
+    """Return a hint with the model beside a path whose name is closest."""
+    models = names_beside(named, "*.gguf", "*/config.json")
+    return did_you_mean(local_path(named).name, models, otherwise)
+
+
+def require_path(model: str) -> None:
+    """Raise a ModelError if a name can only be that of a file or folder, and there is none."""
+    if (is_path(model) or model.endswith(".gguf")) and not local_path(model).exists():
+        hint = closest_model(model, "Check the path.")
+        raise ModelError(f"There is no folder or file {model}.", hint=hint)
+
+
 def checkpoint_name(base: str, blocks: int, suffixes: Sequence[str] = ()) -> str:
     """Return the default name of a pruned checkpoint."""
     return "-".join([f"{base.removesuffix('.gguf')}-sleb-{blocks}-blocks", *suffixes])
 
 
+def is_path(name: str) -> bool:
+    """Whether a name can only be that of a file or folder, not of something on the Hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
 def without_folders(name: str) -> str:
     """Return the last part of a local path; other names, such as Hub ids, stay."""
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-    if not is_path:
+    if not is_path(name):
         return name
     return name.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
 

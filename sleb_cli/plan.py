@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from sleb_cli.names import public_source
+from sleb_cli.names import names_beside, public_source
 from sleb_cli.order import Order, SizeKey
 from sleb_cli.records import (
     ModelRecord,
@@ -25,7 +25,7 @@ from sleb_cli.records import (
     differences,
 )
 from sleb_cli.requests import REPEATED_OPTIONS, TARGET_NAMES, Chat, StrategyName, TargetName, Unit
-from sleb_plugins.errors import PlanError
+from sleb_plugins.errors import PlanError, did_you_mean
 
 CHECKPOINT_PLAN = "sleb_plan.json"
 """The file in a checkpoint that holds the plan it was made from."""
@@ -686,9 +686,7 @@ def read_plan(path: Path) -> Plan:
     try:
         plan = Plan.read(path, "the plan")
     except FileNotFoundError as error:
-        raise PlanError(
-            f"There is no plan {path}.", hint="`sleb search MODEL --ratio 0.2` writes one."
-        ) from error
+        raise no_plan(path) from error
     except UnreadableRecord as error:
         raise PlanError(
             f"Cannot read the plan {path}: {error}.",
@@ -697,6 +695,16 @@ def read_plan(path: Path) -> Plan:
         ) from error
     plan._location = _Location(path.absolute())
     return plan
+
+
+def no_plan(path: Path) -> PlanError:
+    """Return the error for a plan that is not there, with the name that is closest to it."""
+    hint = did_you_mean(
+        path.name,
+        names_beside(str(path), "*.json"),
+        otherwise="`sleb search MODEL --ratio 0.2` writes one.",
+    )
+    return PlanError(f"There is no plan {path}.", hint=hint)
 
 
 def compare_plans(before: Plan, after: Plan) -> str:

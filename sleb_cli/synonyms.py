@@ -1,10 +1,12 @@
 """What people type who have not read the help, and what they should type here."""
 
+import os
 from collections.abc import Mapping
 
 _SEARCH = (
     "Find the blocks with `sleb search MODEL --ratio 0.2`, then write the model with `sleb apply`."
 )
+_EXPERTS = "Use --unit experts --remove 3, a number of each block's experts."
 _COUNT = "Use --remove 6, a number of blocks."
 _SHARE = "Use --ratio 0.2, a share of the blocks."
 _TEXT = "Use --calibration, with wikitext2, c4 or a file."
@@ -23,7 +25,10 @@ SYNONYMS: Mapping[str, str] = {
         ["eval --dataset", "eval --data", "eval --text", "eval --ppl", "eval --calibration"],
         _MEASURED,
     ),
+    "search --experts": _EXPERTS,
     "evaluate": "Use `sleb eval`.",
+    "heal": "Use `sleb apply --heal`.",
+    "recover": "Use `sleb apply --recover`.",
     "benchmark": "Use `sleb bench`.",
     "report": "Use `sleb export --to report`.",
     "--model": "Name the model without an option: `sleb search MODEL`.",
@@ -54,7 +59,8 @@ def hint_for(command: str, message: str, option: str | None, words: list[str]) -
     verb = command.removeprefix("sleb").strip()
     if "No such command" in message and words:
         first = words[0]
-        if first == "demo" or "/" in first or first.endswith(".gguf"):
+        is_model = first == "demo" or "/" in first or first.endswith(".gguf")
+        if is_model or os.path.isfile(f"{first}/config.json"):  # noqa: PTH113 - or too long a name
             return f"Write `sleb search {first} --ratio 0.2`."
         return SYNONYMS.get(first)
     return SYNONYMS.get(f"{verb} {option}") or SYNONYMS.get(option or message)

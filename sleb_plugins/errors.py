@@ -78,7 +78,7 @@ class UsageError(SlebError):
 
 
 class PlanError(SlebError):
-    """The plan is unreadable, comes from a newer sleb, or was made for another model."""
+    """The plan is missing or unreadable, comes from a newer sleb, or was made for another model."""
 
     exit_code = 3
 

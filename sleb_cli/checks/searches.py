@@ -12,6 +12,7 @@ from sleb_cli.atomic import require_new_file
 from sleb_cli.checks.strategies import ONESHOT, STRATEGIES, Strategy
 from sleb_cli.checks.subjects import NamedSubject
 from sleb_cli.checks.text_names import require_mixture
+from sleb_cli.names import require_path
 from sleb_cli.plan import Plan, read_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.processes import is_main_process
@@ -82,6 +83,7 @@ def check_search(request: SearchRequest, registry: Registry) -> CheckedSearch:
     memory = None if request.memory is None else parse_bytes(str(request.memory), "--memory")
     dtype_in_full(request.dtype or AUTO)
     require_mixture(request.calibration)
+    require_path(request.model)
     if is_main_process():
         journal = journal_of(request.plan_file)
         # An unfinished search was allowed to write the plan, and may have been killed just after

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb_cli.checks.clashes import given
-from sleb_cli.plan import Plan, read_plan
+from sleb_cli.plan import Plan, no_plan, read_plan
 from sleb_cli.requests import (
     DEFAULT_PLAN,
     DEMO,
@@ -19,8 +19,7 @@ from sleb_cli.requests import (
     Unit,
 )
 from sleb_cli.results import EvalResult
-from sleb_plugins import PlanError, UsageError
-from sleb_plugins.errors import did_you_mean
+from sleb_plugins import PlanError, SlebError, UsageError
 
 _FOR_BLOCKS = f"{' '.join(RECOVERIES)} device_map"
 """Options that do not suit experts: gaps between blocks are refitted, and accelerate replaces
@@ -75,7 +74,7 @@ def read_subject(
     """Read the plan, or the blocks of a model.
 
     Raises:
-        PlanError: the plan is unreadable, or does not say where its model is.
+        PlanError: the plan is missing or unreadable, or does not say where its model is.
         UsageError: the blocks or their number do not fit, or none are given although some are
             needed.
     """
@@ -144,14 +143,12 @@ def _require_applicable(request: SubjectRequest, path: Path, plan: Plan) -> None
         )
 
 
-def _no_blocks_error(path: Path) -> UsageError:
-    hint = "Name a plan, or use --blocks 5,4,9."
+def _no_blocks_error(path: Path) -> SlebError:
     if path.exists():
-        return UsageError(f"No blocks given for {path}.", hint=hint)
-    hint = did_you_mean(
-        path.name, [file.name for file in path.parent.glob("*.json")], otherwise=hint
-    )
-    return UsageError(f"There is no plan {path}, and no blocks are given.", hint=hint)
+        return UsageError(
+            f"No blocks given for {path}.", hint="Name a plan, or use --blocks 5,4,9."
+        )
+    return no_plan(path)
 
 
 def _locate_model(

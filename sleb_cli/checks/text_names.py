@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from sleb_cli.checks.mixture import parse_mixture
 from sleb_cli.texts.data_set import DataSet
+from sleb_cli.texts.local_file import files_beside
 from sleb_cli.texts.named import NAMED, is_reference, is_written, text_source
 from sleb_plugins import DataError
 from sleb_plugins.errors import did_you_mean
@@ -41,6 +42,7 @@ def _require_source(name: str, known: Sequence[str], hint: str) -> None:
     source = text_source(name)
     if isinstance(source, DataSet) and not source.is_well_formed:
         raise DataError(
-            f"Unknown text source {name!r}.", hint=did_you_mean(name, known, otherwise=hint)
+            f"Unknown text source {name!r}.",
+            hint=did_you_mean(name, [*files_beside(name), *known], otherwise=hint),
         )
     source.require()

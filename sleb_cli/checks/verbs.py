@@ -19,7 +19,7 @@ from sleb_cli.checks.subjects import (
     read_subject,
 )
 from sleb_cli.checks.text_names import require_evaluation_texts, require_mixture
-from sleb_cli.plan import CHECKPOINT_PLAN
+from sleb_cli.plan import CHECKPOINT_PLAN, no_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.processes import is_main_process
 from sleb_cli.records import UnreadableRecord
@@ -230,6 +230,8 @@ def check_export(request: ExportRequest, registry: Registry) -> tuple[list[Named
         inside = Path(named) / CHECKPOINT_PLAN
         file = inside if inside.is_file() else Path(named)
         if not is_plan(file):
+            if request.blocks is None and not file.exists():
+                raise no_plan(file)
             raise UsageError(
                 f"--to {request.to} describes a plan, but {file} is a model.",
                 hint="Name a plan of `sleb search`.",

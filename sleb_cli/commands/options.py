@@ -166,6 +166,8 @@ class _Option:
             if self.is_list:
                 what = "a list of numbers"
                 hint = "Write it like 5,4,9 or 12-15."
+            elif self.name == "remove" and value[-1:] == "%":
+                hint = f"Search with --ratio {value}, or write a number of blocks."
             raise UsageError(f"{self.flag} {value!r} is not {what}.", hint=hint) from error
 
 

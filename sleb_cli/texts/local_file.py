@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from sleb_cli.names import local_path
+from sleb_cli.names import local_path, names_beside
 from sleb_cli.records import why_not_read
 from sleb_cli.texts.messages import Messages, TextLine, begins_with_messages, parse_lines
 from sleb_cli.texts.source import (
@@ -19,6 +19,7 @@ from sleb_cli.texts.source import (
 )
 from sleb_cli.units import plural
 from sleb_plugins import DataError
+from sleb_plugins.errors import did_you_mean
 
 T = TypeVar("T")
 
@@ -90,10 +91,17 @@ class LocalFile(TextSource):
         return Text(name, content[_boundary(content, split.begin) : _boundary(content, split.end)])
 
 
+def files_beside(name: str) -> list[str]:
+    """Return the names of the files of text beside this one."""
+    return names_beside(name, *(f"*{suffix}" for suffix in SUFFIXES))
+
+
 def require_file(name: str) -> None:
     """Raise a DataError unless there is a file of this name."""
-    if not local_path(name).exists():
-        raise DataError(f"There is no file {name}.", hint="Check the path.")
+    path = local_path(name)
+    if not path.exists():
+        hint = did_you_mean(path.name, files_beside(name), otherwise="Check the path.")
+        raise DataError(f"There is no file {name}.", hint=hint)
 
 
 def read_file(name: str) -> str:

@@ -18,9 +18,10 @@ HEAVY = ["torch", "transformers", "datasets", "accelerate", "lm_eval", "numpy"]
 
 
 def test_help(sleb):
-    for words in ([], ["-h"], ["--help"]):
+    for words in ([], ["-h"], ["--help"], ["help"]):
         result = sleb(*words)
         assert all(name in result.stdout for name in ("Usage: sleb", *COMMANDS))
+    assert sleb("help", "eval").stdout == sleb("eval", "--help").stdout
 
 
 def broken():

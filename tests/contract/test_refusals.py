@@ -70,7 +70,8 @@ NO_MODEL = {
     "lacking": "lacks 1 of its 1 weight files, such as a.safetensors",
     "linked": "links to a file outside the model's folder",
     "piped": "is a pipe or a device, not a file",
-    "none.gguf": "There is no file none.gguf",
+    "none.gguf": "There is no folder or file none.gguf",
+    "./none": "There is no folder or file ./none",
     "bad.gguf": "bad.gguf is truncated, or is not a GGUF file",
 }
 """What is no model, or not all of one, and what is said of it."""
@@ -130,13 +131,18 @@ FIRST = [
     ("search no/model --remove 1 --extend nowhere.json", 3, "no plan nowhere.json"),
     ("search no/model --remove 1 -o no/plan.json", 8, "folder does not exist"),
     ("search no/model --remove 1 -o PLAN", 8, "already exists"),
+    ("search /no/model --remove 1 -o PLAN", 4, "There is no folder or file /no/model"),
     ("search no/model --remove 1 --holdout 1", 2, "--holdout 1 is too large"),
     ("search no/model --remove 1 --calibration nowhere.txt", 5, "no file nowhere.txt"),
     ("search no/model --remove 1 --calibration answers:nowhere:0.5,self:0.5", 5, "no file nowhere"),
     ("search no/model --remove 1 --calibration self:0.5,c4:0.4", 2, "sum to 0.9, not to 1"),
     ("search no/model --remove 1 --calibration=", 2, "--calibration has an empty value"),
     ("apply nowhere.json", 3, "no plan nowhere.json"),
-    ("apply plan.jsn", 2, "There is no plan plan.jsn, and no blocks are given"),
+    *(
+        (f"{command} nowhere{ending}", 3, f"There is no plan nowhere{ending}.")
+        for command in ("apply", "export --to mergekit", "export --to report")
+        for ending in ("", ".gguf", ".jsn")
+    ),
     ("apply no/model --blocks 1 --model other", 2, "--model applies to a plan"),
     ("apply no/model --blocks 1 --dtype int3", 2, "Unknown data type 'int3'"),
     ("apply no/model --blocks 1 --max-shard-size lots", 2, "--max-shard-size lots is not a size"),
@@ -244,6 +250,7 @@ SECOND = [
 
 FILES = {
     "taken/short.txt": "short",
+    "answers.txt": "",
     "bad.yaml": "task: bad\n",
     "bad.gguf": "GGUF",
     "half.json.journal": "",
@@ -339,6 +346,18 @@ def test_it_is_refused_with_a_hint_and_nothing_is_written(
         ("search org/model --ratio 0.2 --calibration wikitext", "Did you mean 'wikitext2'?"),
         ("export report", "--to report"),
         ("export PLAN --to html", "Use report"),
+        ("bare", "`sleb search bare --ratio 0.2`"),
+        ("heal PLAN", "Use `sleb apply --heal`."),
+        ("recover", "Use `sleb apply --recover`."),
+        ("search org/model --experts 3", "Use --unit experts --remove 3"),
+        ("search org/model --remove 20%", "--ratio 20%"),
+        ("--ratio 0.2 org/model", "--ratio is an option of `sleb search`"),
+        ("search ./takn --ratio 0.2", "Check the path."),
+        ("search bar --ratio 0.2", "Did you mean 'bare'?"),
+        ("search ./bad.ggf --ratio 0.2", "Did you mean 'bad.gguf'?"),
+        ("search no/model --ratio 0.2 --calibration taken/shrt.txt", "Did you mean 'short.txt'?"),
+        ("eval no/model --perplexity answrs.tx", "Did you mean 'answers.txt'?"),
+        ("apply llama-plan.jsn", "Did you mean 'llama-plan.json'?"),
         ("apply --no-such", "See `sleb apply --help`."),
         ("no-such", "See `sleb --help`."),
     ],
@@ -346,8 +365,23 @@ def test_it_is_refused_with_a_hint_and_nothing_is_written(
 def test_the_natural_wrong_guess_is_told_the_right_word(run_sleb, words, line, hint):
     result = run_sleb(*words(line))
     assert hint in " ".join(result.stderr.partition("hint: ")[2].split())
-    assert "Possible options" not in result.stderr or hint.startswith("See ")
-    assert result.exit_code in (2, 5)
+    guessed = ("Possible options", "Did you mean 'eval'")
+    assert hint.startswith("See ") or not any(words in result.stderr for words in guessed)
+    assert result.exit_code in (2, 3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [("apply nowhere --json", "PlanError"), ("serch --json", "UsageError"),
+     ("plugins --json --no-such", "UsageError"), (f"eval {'x' * 300} --json", "UsageError")],
+)  # fmt: skip
+def test_json_holds_an_error_too(run_sleb, words, line, kind):
+    result = run_sleb(*words(line))
+    error = json.loads(result.stdout)["error"]
+    assert (error["class"], error["exit_code"]) == (kind, result.exit_code)
+    assert [error["message"], error["hint"]] == [
+        text.partition(": ")[2] for text in result.stderr.splitlines()
+    ]
 
 
 ALONE = """

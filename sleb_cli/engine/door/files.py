@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from sleb_cli.checks.subjects import NamedSubject
 from sleb_cli.engine.model.source import ModelSource, locate_model
 from sleb_cli.events import Notify
+from sleb_cli.names import require_path
 from sleb_plugins import UsageError
 
 if TYPE_CHECKING:
@@ -45,4 +46,5 @@ def locate_to_cut(named: NamedSubject, notify: Notify) -> ModelSource | GgufFile
         return locate(named, notify)
     from sleb_cli.engine.gguf.file import read_gguf  # which imports NumPy
 
+    require_path(str(named.gguf))
     return read_gguf(named.gguf)

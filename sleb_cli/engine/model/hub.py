@@ -23,6 +23,7 @@ from sleb_cli.engine.files import other_formats
 from sleb_cli.engine.files.weights import find_weights
 from sleb_cli.engine.third_party import quiet_libraries
 from sleb_cli.events import Advance, Notify, task
+from sleb_cli.names import closest_model
 from sleb_cli.units import format_bytes
 from sleb_plugins import ModelError
 from sleb_plugins.errors import first_line
@@ -70,7 +71,9 @@ def download(model: str, revision: str | None, notify: Notify) -> Path:
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(
             f"{model} is neither a local folder nor a model on the Hub.",
-            hint="Check the name. For a private model, log in with `hf auth login`.",
+            hint=closest_model(
+                model, "Check the name. For a private model, log in with `hf auth login`."
+            ),
         ) from error
     except HfHubHTTPError as error:
         raise ModelError(
@@ -80,7 +83,7 @@ def download(model: str, revision: str | None, notify: Notify) -> Path:
         raise ModelError(
             f"{model} is neither a local folder nor in the cache, and the Hub cannot be reached: "
             f"{first_line(error.__cause__ or error)}.",
-            hint="Check the name and the network, or name a local folder.",
+            hint=closest_model(model, "Check the name and the network, or name a local folder."),
         ) from error
     except _FAILURES as error:
         raise ModelError(

@@ -21,7 +21,7 @@ from sleb_cli.engine.files.fingerprint import (
 )
 from sleb_cli.engine.files.weights import WeightFiles, find_weights, fingerprint_weights
 from sleb_cli.events import Notice, Notify
-from sleb_cli.names import local_path
+from sleb_cli.names import local_path, require_path
 from sleb_cli.requests import DEMO, require_text
 from sleb_plugins import ModelError, UsageError
 
@@ -196,6 +196,7 @@ def locate_model(
 
 def _find_folder(model: str, revision: str | None, notify: Notify) -> tuple[str, Path, str | None]:
     """Return the model's id, folder and revision."""
+    require_path(model)
     path = local_path(model)
     is_gguf = model.endswith(".gguf") and not path.is_dir()
     if revision and (model == DEMO or is_gguf or path.exists()):
