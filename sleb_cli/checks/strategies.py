@@ -15,6 +15,7 @@ class Strategy:
         can_extend: it can start from the removals of a plan.
         swaps: at the last size it swaps removed and kept blocks, so the metric must score sets.
         removes_spans: what it removes is consecutive.
+        measures_last: all sizes are chosen first, then measured together.
     """
 
     name: StrategyName
@@ -22,14 +23,15 @@ class Strategy:
     can_extend: bool = False
     swaps: bool = False
     removes_spans: bool = False
+    measures_last: bool = False
 
 
 GREEDY = Strategy("greedy", can_race=True, can_extend=True)
-ONESHOT = Strategy("oneshot")
+ONESHOT = Strategy("oneshot", measures_last=True)
 
 STRATEGIES: Mapping[str, Strategy] = {
     "greedy": GREEDY,
     "oneshot": ONESHOT,
-    "contiguous": Strategy("contiguous", removes_spans=True),
+    "contiguous": Strategy("contiguous", removes_spans=True, measures_last=True),
     "refine": Strategy("refine", can_race=True, swaps=True),
 }

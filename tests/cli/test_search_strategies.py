@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import calibration_sequences
 from reference import plain_loss
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.plan import read_plan
 from sleb_plugins import PlanError
 
@@ -46,6 +48,27 @@ def test_each_size_has_the_perplexity_without_its_blocks(search, loss, strategy)
         before == after[:-1] for before, after in itertools.pairwise([(), *plan.size_keys])
     )
     assert plan.nested or strategy in ("refine", "contiguous")
+
+
+@pytest.mark.parametrize("strategy", ["contiguous", "oneshot"])
+def test_sizes_share_a_walk_if_no_choice_needs_a_loss(found, strategy, monkeypatch):
+    runs = Counter()
+    run_block = SkippableModel.run_block
+
+    def count(model, call, hidden):
+        runs[call.block] += 1
+        return run_block(model, call, hidden)
+
+    monkeypatch.setattr(SkippableModel, "run_block", count)
+    options = ("--metric cosine --protect-first 2 --holdout 0.25 --strategy", strategy)
+    found(*options, "--remove 1")
+    once = runs[0]
+    found(*options, "--remove 3")
+    assert runs[0] == 2 * once
+    # This target needs the loss of one size before it allows the next.
+    plan = found(*options, "--max-perplexity-ratio 1000")
+    assert len(plan.steps) == 3
+    assert runs[0] > 3 * once
 
 
 @torch.no_grad()

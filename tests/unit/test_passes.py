@@ -17,6 +17,7 @@ from sleb_cli.engine.forward.prepare import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import BASE
 from sleb_cli.events import Notice, no_progress
+from sleb_plugins.metrics.kl import KlDivergence
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 PLENTY = MemoryBudget(sequences=4, positions=1000, branches=6, kept_branches=100)
@@ -83,9 +84,28 @@ def score_norms(passes):
     return passes.score_states([1], (2,), [3, 5], norms, longest=3)[1]
 
 
+def score_sizes(passes, metric=None, advance=no_progress):
+    found = defaultdict(list)
+    sizes = {batch: [(2,), (2, 4), (3, 1)] for batch in range(len(passes.batches))}
+    metric = metric or NegativeLogLikelihood()
+    for _, removed, scores in passes.score_sizes(metric, sizes, advance):
+        found[removed] += scores
+    return dict(found)
+
+
+@pytest.mark.parametrize("metric", [NegativeLogLikelihood(), KlDivergence()], ids=["nll", "kl"])
+def test_sizes_that_share_a_walk_score_as_each_alone(skippable, sequences, metric):
+    passes, _ = passes_of(skippable, sequences, 4, 16, 2, 0)
+    advanced = []
+    found = score_sizes(passes, metric, advanced.append)
+    assert sum(advanced) == 3 * len(sequences)
+    for removed, scores in found.items():
+        assert scores == score(passes, removed, (), metric)[BASE]
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
 @pytest.mark.parametrize(
-    ("how", "first"), [(score, 3), (score_norms, 1)]
+    ("how", "first"), [(score, 3), (score_norms, 1), (score_sizes, 3)]
 )  # before the third, some have their scores
 def test_batches_are_halved_and_scores_stay_the_same(
     skippable, sequences, monkeypatch, how, first, error

@@ -6,11 +6,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.forward.fork import Walk, walk_together
+from sleb_cli.engine.forward.fork import SizesWalk, Walk, walk_together
 from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.spans import ScoreStates, Span, SpanScores, SpansWalk
@@ -19,6 +20,7 @@ from sleb_cli.engine.forward.stores import SharedInputs, Store, keep_on_device
 from sleb_cli.engine.memory import SmallerPieces
 from sleb_cli.engine.model.padded import PaddedTexts, Tokens, split
 from sleb_cli.events import Advance, Notice, Notify, no_progress
+from sleb_cli.order import SizeKey
 from sleb_plugins import LogitMetric, OutputMetric
 
 # Branches are kept at the depths of this many of a step's best candidates.
@@ -51,21 +53,24 @@ class _MicroBatch:
     dense: Tensor | None = None
 
 
-_Candidates = Mapping[_MicroBatch, Sequence[int]]
+C = TypeVar("C", int, SizeKey)
+"""A candidate, or a set of blocks."""
+
+_Candidates = Mapping[_MicroBatch, Sequence[C]]
 """The candidates to score on each micro-batch; BASE alone stands for none."""
 
-_Scored = tuple[_MicroBatch, int, list[float]]
+_Scored = tuple[_MicroBatch, C, list[float]]
 """The scores of a candidate on a micro-batch."""
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class _Chunk(Generic[C]):
     """Candidates that are scored together, and the micro-batches that are finished with them, with
     all of their candidates.
     """
 
-    candidates: _Candidates
-    finished: _Candidates
+    candidates: _Candidates[C]
+    finished: _Candidates[C]
 
 
 @dataclass(frozen=True)
@@ -142,20 +147,37 @@ class Passes:
         self._drop_outdated(tuple(removed))
         step = _Step(metric, removed, ranking, advance)
         unscored = {batch: list(candidates) or [BASE] for batch, candidates in jobs}
+        return self._score_in_pieces(unscored, partial(self._score_chunk, step))
+
+    def score_sizes(
+        self,
+        metric: LogitMetric | OutputMetric,
+        sizes: Mapping[int, Sequence[SizeKey]],
+        advance: Advance = no_progress,
+    ) -> Iterator[tuple[int, SizeKey, list[float]]]:
+        """Score batches as `score` does, without each of their sets of blocks, which share a walk."""
+        unscored = {batch: list(of_batch) for batch, of_batch in sizes.items()}
+        return self._score_in_pieces(unscored, partial(self._score_sizes, metric, advance))
+
+    def _score_in_pieces(
+        self,
+        unscored: Mapping[int, list[C]],
+        score: Callable[[_Chunk[C]], Sequence[_Scored[C]]],
+    ) -> Iterator[tuple[int, C, list[float]]]:
         pieces = self._smaller_pieces()
         for _ in pieces:
             self.watch(None)
             # A batch that was unfinished when memory ran out begins anew.
-            scores: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+            scores: defaultdict[tuple[int, C], list[float]] = defaultdict(list)
             with pieces:
                 for chunk in self._chunks(unscored):
-                    for micro, block, micro_scores in self._score_chunk(step, chunk):
-                        scores[micro.batch, block] += micro_scores
+                    for micro, candidate, micro_scores in score(chunk):
+                        scores[micro.batch, candidate] += micro_scores
                         if micro.is_last:
-                            unscored[micro.batch].remove(block)
-                            yield micro.batch, block, scores[micro.batch, block]
+                            unscored[micro.batch].remove(candidate)
+                            yield micro.batch, candidate, scores[micro.batch, candidate]
 
-    def _chunks(self, unscored: Mapping[int, Sequence[int]]) -> list[_Chunk]:
+    def _chunks(self, unscored: Mapping[int, Sequence[C]]) -> list[_Chunk[C]]:
         """Divide what is unscored into as many candidates at a time as there is memory for."""
         size = self.budget.branches if self.forks else 1
         chunks = []
@@ -171,7 +193,7 @@ class Passes:
                 chunks.append(_Chunk(some, finished=all_candidates if is_last else {}))
         return chunks
 
-    def _score_chunk(self, step: _Step, chunk: _Chunk) -> list[_Scored]:
+    def _score_chunk(self, step: _Step, chunk: _Chunk[int]) -> list[_Scored[int]]:
         if self.forks:
             scored = self._score_by_walks(step, chunk.candidates)
         else:
@@ -184,7 +206,7 @@ class Passes:
                 micro.dense = None
         return scored
 
-    def _score_by_walks(self, step: _Step, candidates: _Candidates) -> list[_Scored]:
+    def _score_by_walks(self, step: _Step, candidates: _Candidates[int]) -> list[_Scored[int]]:
         shared = SharedInputs(self.skippable, self.store)
         walks: dict[_MicroBatch, Walk] = {}
         dense: dict[_MicroBatch, Walk] = {}
@@ -217,6 +239,26 @@ class Passes:
                 scored.append((micro, block, scores))
         return scored
 
+    def _score_sizes(
+        self, metric: LogitMetric | OutputMetric, advance: Advance, chunk: _Chunk[SizeKey]
+    ) -> list[_Scored[SizeKey]]:
+        shared = SharedInputs(self.skippable, self.store)
+        walks: dict[_MicroBatch, SizesWalk] = {}
+        for micro, sizes in chunk.candidates.items():
+            if metric.needs_dense_logits:
+                sizes = [(), *sizes]
+            walks[micro] = SizesWalk(self.skippable, shared.calls(micro.ids), sizes, self.store)
+        walk_together(self.skippable, list(walks.values()))
+        scored = []
+        for micro, walk in walks.items():
+            micro.dense = walk.branches.get(frozenset())
+            for size in chunk.candidates[micro]:
+                scores = self._score_ending(metric, micro, walk.branches[frozenset(size)])
+                scored.append((micro, size, scores))
+                advance(len(micro.ids))
+            micro.dense = None
+        return scored
+
     def _score_ending(
         self, metric: LogitMetric | OutputMetric, micro: _MicroBatch, hidden: Tensor
     ) -> list[float]:
@@ -235,7 +277,9 @@ class Passes:
         )
         return scores.tolist()
 
-    def _score_by_whole_passes(self, step: _Step, candidates: _Candidates) -> list[_Scored]:
+    def _score_by_whole_passes(
+        self, step: _Step, candidates: _Candidates[int]
+    ) -> list[_Scored[int]]:
         ending = self.skippable.ending
         scored = []
         for micro, blocks in candidates.items():

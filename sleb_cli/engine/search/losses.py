@@ -11,6 +11,7 @@ from sleb_cli.engine.device import dtype_name, hint_for_nonfinite
 from sleb_cli.engine.search.held_out import MAX_ERROR_RATE, overfitting_test
 from sleb_cli.engine.search.scoring import Scoring
 from sleb_cli.events import task
+from sleb_cli.order import SizeKey
 from sleb_cli.plan import DenseRecord, HeldOutRecord
 from sleb_plugins import ModelError
 
@@ -36,6 +37,19 @@ def measure_dense(scoring: Scoring, name: str) -> DenseRecord:
         perplexity=perplexity(scoring, loss, opening),
         held_out=measure_held_out(scoring, (), opening),
     )
+
+
+def measure_together(scoring: Scoring, sizes: Sequence[SizeKey]) -> None:
+    """Measure the losses without each of these sets of blocks, which share their walks."""
+    if not scoring.passes.forks:
+        return  # each is measured when it is asked for
+    unknown = [removed for removed in sizes if not scoring.scored_losses(removed)]
+    if unknown:
+        evaluations = len(unknown) * scoring.sequences
+        with task(scoring.notify, "Measuring all sizes", evaluations, "evaluations") as advance:
+            scoring.measure_losses(unknown, advance=advance)
+    if scoring.held_out:
+        scoring.measure_losses(sizes, held_out=True)
 
 
 def measure_held_out(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from statistics import fmean
@@ -24,7 +24,12 @@ from sleb_cli.engine.search.inputs import (
     search_record,
     write_sample,
 )
-from sleb_cli.engine.search.losses import measure_dense, measure_held_out, perplexity
+from sleb_cli.engine.search.losses import (
+    measure_dense,
+    measure_held_out,
+    measure_together,
+    perplexity,
+)
 from sleb_cli.engine.search.race import LOOKS
 from sleb_cli.engine.search.scoring import Scoring, engine_of
 from sleb_cli.engine.search.settings import BlockMethod, Method, Search
@@ -187,8 +192,12 @@ def _remove_blocks(
     )
     kinds = method.removable.architecture.kinds
     notify(SearchStarted(len(kinds), method.remove, len(trace.steps)))
+    choices: Iterable[Choice] = ALGORITHMS[method.strategy.name](problem)
     try:
-        for choice in ALGORITHMS[method.strategy.name](problem):
+        if method.strategy.measures_last and isinstance(target, SizeTarget):
+            choices = _choices_until(target, choices)
+            measure_together(scoring, [choice.removals for choice in choices])
+        for choice in choices:
             increase = fmean(scoring.losses(choice.removals)) - dense.loss
             if not target.allows(increase):
                 trace.next_increase = increase
@@ -214,6 +223,15 @@ def _remove_blocks(
         raise
     notify(TaskFinished(SEARCH_TASK))
     return trace
+
+
+def _choices_until(target: SizeTarget, choices: Iterable[Choice]) -> list[Choice]:
+    chosen = []
+    for choice in choices:
+        chosen.append(choice)
+        if target.met(choice.removals):
+            break
+    return chosen
 
 
 def _blame_plugin_metric(method: BlockMethod, scoring: Scoring, error: NoFiniteScore) -> None:

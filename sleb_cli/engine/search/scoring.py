@@ -24,6 +24,7 @@ from sleb_cli.engine.search.journal import Journal, Name
 from sleb_cli.engine.search.race import Race, rounds
 from sleb_cli.engine.search.shares import own_shares
 from sleb_cli.events import SCORING_TASK, Advance, Notice, Notify, no_progress, task
+from sleb_cli.order import SizeKey
 from sleb_cli.plan import Method
 from sleb_plugins import (
     HiddenStateMetric,
@@ -80,16 +81,51 @@ class Scoring:
         nats per token, or the distance from what the dense model puts out.
         """
         removed = tuple(removed)
-        loss_metric = self.passes.skippable.ending.loss_metric
-        if removed and not held_out and type(self.metric) is type(loss_metric):
-            # The scores of the last removed block are these losses.
-            scores = self.journal.scores(removed[:-1], removed[-1], self._batches)
-            if len(scores) == self.sequences:
-                return scores
+        scored = self.scored_losses(removed)
+        if scored and not held_out:
+            return scored
         passes = self.held_out if held_out else self.passes
         assert passes is not None
-        self._score_tokens(passes, loss_metric, removed, (), passes.numbers, advance)
+        self._score_tokens(passes, self._loss_metric, removed, (), passes.numbers, advance)
         return self.journal.scores(removed, None, passes.numbers)
+
+    @torch.inference_mode()
+    def measure_losses(
+        self,
+        sizes: Sequence[SizeKey],
+        *,
+        held_out: bool = False,
+        advance: Advance = no_progress,
+    ) -> None:
+        """Measure what `losses` returns of these sets of blocks, which share their walks."""
+        passes = self.held_out if held_out else self.passes
+        assert passes is not None
+        names: list[Name] = []
+        for batch in passes.numbers:
+            names += [(removed, None, batch) for removed in sizes]
+        missing = self._missing(names, advance)
+        for share in self._deal(missing):
+            unscored: dict[int, list[SizeKey]] = {}
+            for removed, _, number in share:
+                assert number is not None
+                unscored.setdefault(number, []).append(removed)
+            scored = passes.score_sizes(self._loss_metric, unscored, advance)
+            for number, removed, losses in scored:
+                self.journal.add(losses, removed, None, number)
+            self._exchange(missing, advance, own_are_counted=True)
+
+    @property
+    def _loss_metric(self) -> LogitMetric | OutputMetric:
+        return self.passes.skippable.ending.loss_metric
+
+    def scored_losses(self, removed: SizeKey) -> list[float]:
+        """Return the scores of the last removed block if they are losses, of all sequences."""
+        if not removed or type(self.metric) is not type(self._loss_metric):
+            return []
+        scores = self.journal.scores(removed[:-1], removed[-1], self._batches)
+        if len(scores) < self.sequences:
+            return []
+        return scores
 
     def score(self, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
         """Score each candidate after these removals; of a race, return the survivors' scores.
