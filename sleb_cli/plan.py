@@ -326,7 +326,7 @@ class RecoveryRecord(Record):
     Values were fitted to `train_text`; `validation_text` chose ridges, fits and the point that is
     kept; `dense`, `pruned`, `closed_form_losses` and `heal.losses` are measured on `test_text`. No
     document is in two of them. Stages that were not requested are null. `conversations` are
-    measured besides, if it is a chat model.
+    measured besides, if it is a chat model and wrote some of the text itself.
     """
 
     train_text: CalibrationRecord

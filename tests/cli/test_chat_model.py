@@ -64,17 +64,25 @@ def recovered(result):
 
 def test_a_recovery_is_reported_on_answers_too(sleb, chatty, text_file, tmp_path):
     recover = ["apply", chatty, "--blocks 2 --recover", *TEXT, "-o out"]
-    shown = sleb(*recover, "--calibration", text_file)
+    mixture = f"{text_file}:0.75,self:0.25"
+    shown = sleb(*recover, "--calibration", mixture)
     assert "KL, answers" in shown.stdout
     assert re.search(
         r"on answers in its own conversations, \d+% of the divergence is left", shown.stdout
     )
-    record = recovered(sleb(*recover, "--calibration", text_file, "--force --json"))
+    record = recovered(sleb(*recover, "--calibration", mixture, "--force --json"))
     assert (record.train_text.chat, record.conversations.text.source) == (None, "self-chat")
     # What decides and what is reported count only the answers, if they are asked for.
     record = recovered(sleb(*recover, "--calibration self-chat --chat answers --force --json"))
     assert (record.train_text.chat, record.test_text.chat) == ("answers", "answers")
     assert record.closed_form_losses.divergence > 0
+
+
+def test_a_chat_model_writes_nothing_for_a_recovery_on_a_file(sleb, chatty, text_file):
+    recover = ["apply", chatty, "--blocks 2 --recover -o out --json", *TEXT]
+    result = sleb(*recover, "--calibration", text_file)
+    assert recovered(result).conversations is None
+    assert "wrote" not in result.stderr
 
 
 def test_the_losses_on_answers_are_those_of_a_plain_computation(
@@ -83,7 +91,7 @@ def test_the_losses_on_answers_are_those_of_a_plain_computation(
     cut = Mock(side_effect=cut_conversations)
     monkeypatch.setattr(calibration, "cut_conversations", cut)
     recover = ["apply", chatty, "--blocks 2 --recover", *TEXT, "-o out --json"]
-    found = recovered(sleb(*recover, "--calibration", text_file)).conversations
+    found = recovered(sleb(*recover, "--calibration self")).conversations
     rendered, _, length = cut.mock_calls[0].args
     ids, mask = cut_conversations(rendered, "", length, answers=True, required=None)
     ids, mask = ids[: found.text.sequences], mask[: found.text.sequences]

@@ -26,6 +26,7 @@ from sleb_cli.engine.text.windows import tokens_sha256, whole_mask
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.keys import key_of
 from sleb_cli.plan import ConversationsRecord, LossesRecord, RecoveryRecord
+from sleb_cli.texts.named import is_written
 from sleb_cli.texts.written import SELF_CHAT
 from sleb_plugins import DataError, ModelError, UnsupportedModelError, UsageError
 
@@ -93,17 +94,12 @@ def _draw_texts(
         return calibrate(splits, tokenizer, lambda: whole_model(dense), notify)
 
     train, validation, test = draw(settings.splits)
-    # A chat model is also measured on answers that it writes, unless each token would read all of
-    # its weights.
-    if (
-        dense.ending.output
-        or settings.placement.stream
-        or not getattr(tokenizer, "chat_template", None)
-    ):
+    # A chat model is also measured on answers that it writes. That takes longer than a fit, so only
+    # where it writes anyway.
+    asked = settings.splits[2]
+    if not any(map(is_written, asked.shares)) or not tokenizer.chat_template:
         return train, validation, test, None
-    own_answers = replace(
-        settings.splits[2], source=SELF_CHAT, shares={SELF_CHAT: Fraction(1)}, chat="answers"
-    )
+    own_answers = replace(asked, source=SELF_CHAT, shares={SELF_CHAT: Fraction(1)}, chat="answers")
     try:
         (conversations,) = draw([own_answers])
     except (UnsupportedModelError, UsageError, DataError) as error:
