@@ -115,7 +115,8 @@ def _show_checkpoint(result: ApplyResult) -> None:
     else:
         print_line(_NOT_VERIFIED)
     folder = in_shell(result.folder)
-    run = f"transformers serve {folder}, or vllm serve {folder}"
+    serve = f"pip install 'transformers[serving]' && transformers serve {folder}"
+    run = f"{serve}, or vllm serve {folder}"
     better = (
         "--recover would win back a fifth to three fifths of what was lost, in minutes to an hour"
     )
@@ -125,6 +126,8 @@ def _show_checkpoint(result: ApplyResult) -> None:
     if result.removals and not result.recovery:
         print_line(better)
     print_to_copy(f"to run it: {run}")
+    if (Path(result.folder) / "chat_template.jinja").is_file():
+        print_to_copy(f"to chat with it then, in a second terminal: transformers chat {folder}")
     print_to_copy(f"to publish it: hf upload ORG/NAME {folder} --private")
 
 

@@ -37,7 +37,7 @@ def test_the_plan_in_this_folder_is_applied(sleb, apply, llama_plan, tiny_llama,
     folder = tmp_path / "tiny-llama-sleb-4-blocks"
     assert f"wrote {folder.name}: 4 blocks" in result.stdout
     assert "proven in float32 on cpu: matches the original without these blocks\n" in result.stdout
-    assert f"to run it: transformers serve {folder.name}" in result.stdout
+    assert f"&& transformers serve {folder.name}" in result.stdout
     assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 4
     assert AutoTokenizer.from_pretrained(folder)("river").input_ids
     others = beside_weights(os.listdir(tiny_llama))
