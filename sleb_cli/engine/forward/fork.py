@@ -143,6 +143,7 @@ class SizesWalk(BatchWalk):
     """A batch in the model without each of several sets of blocks, the `sizes`.
 
     Sets that agree on the blocks so far share a branch; at last, `branches` has one for each set.
+    The whole walk reports as much `progress` as the batch has sequences.
     """
 
     def __init__(
@@ -151,11 +152,14 @@ class SizesWalk(BatchWalk):
         calls: Sequence[Call],
         sizes: Sequence[Collection[int]],
         store: Store = keep_on_device,
+        progress: Advance = no_progress,
     ) -> None:
         self.sizes = [frozenset(size) for size in sizes]
         removed = frozenset.intersection(*self.sizes)
         super().__init__(skippable, calls, removed, store=store)
         self.branches = {frozenset[int](): calls[0].entering}
+        self.progress = progress
+        self.worth = len(calls[0].entering) / len(calls)
 
     def advance(self, block: int) -> None:
         """Run `block` on every branch, except for the sets that have it."""
@@ -169,6 +173,7 @@ class SizesWalk(BatchWalk):
             if block not in size:
                 hidden = self.run(block, hidden)
             self.branches[removed] = hidden
+        self.progress(self.worth)
 
 
 def walk_together(skippable: SkippableModel, walks: Sequence[BatchWalk]) -> None:

@@ -13,18 +13,23 @@ from sleb_cli.engine.forward.fork import SizesWalk, walk_together
 from sleb_cli.engine.forward.logits import Predictions
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.stores import SharedInputs, keep_on_device, to_cpu
+from sleb_cli.events import Advance, no_progress
 
 
 def predict_together(
-    skippable: SkippableModel, batches: Sequence[Any], sizes: Sequence[Collection[int]]
+    skippable: SkippableModel,
+    batches: Sequence[Any],
+    sizes: Sequence[Collection[int]],
+    progress: Advance = no_progress,
 ) -> list[list[Any]]:
     """Return, for each batch, the model's result without each of these sets of blocks.
 
-    Blocks that these models share are computed once and, if they are streamed, read once.
+    Blocks that these models share are computed once and, if they are streamed, read once. Each
+    sequence is one unit of `progress`.
     """
     store = keep_on_device if skippable.weights.resident else to_cpu
     shared = SharedInputs(skippable, store)
-    walks = [SizesWalk(skippable, shared.calls(ids), sizes, store) for ids in batches]
+    walks = [SizesWalk(skippable, shared.calls(ids), sizes, store, progress) for ids in batches]
     walk_together(skippable, walks)
     predictions = []
     for ids, walk in zip(batches, walks, strict=True):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.quality.models import Models
-from sleb_cli.engine.quality.texts import Scorer
+from sleb_cli.engine.quality.texts import WINDOWS, Scorer
 from sleb_cli.engine.quality.token_scores import score_tokens
 from sleb_cli.engine.statistics import ratio_difference
 from sleb_cli.engine.text.windows import EvaluationWindows, cut_for_evaluation
@@ -115,5 +115,5 @@ def _losses(read: ByteWindows, models: Models, batch_size: int | None) -> Tensor
     with ExitStack() as opened:
         scorer = Scorer(models, [()], windows.ids, batch_size, opened, score_tokens)
         name = models.architecture.source.name
-        (scores,) = scorer.score_all(f"{name} on {windows.text.source}", "windows")
+        (scores,) = scorer.score_all(f"{name} on {windows.text.source}", WINDOWS)
     return scores["nll"].double()

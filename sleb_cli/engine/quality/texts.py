@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -34,13 +35,22 @@ from sleb_cli.engine.quality.vocabularies import SharedTokens
 from sleb_cli.engine.statistics import clustered_mean
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.text.windows import EvaluationWindows, tokens_sha256
-from sleb_cli.events import task
+from sleb_cli.events import Advance, Notice, Notify, ignore, task
 from sleb_cli.order import OTHER, SizeKey
 from sleb_cli.results import PrunedTextScores, TextResult, TextScores
+from sleb_cli.units import format_seconds
 from sleb_plugins import ModelError
 
 # About how many tokens a process scores before the processes exchange their scores.
 TOKENS_PER_PART = 16_384
+
+WINDOWS = "windows"
+"""The unit of a text whose perplexity is measured."""
+PACE_SECONDS = 20
+"""When it is known how long all windows take."""
+LONG_SECONDS = 300
+"""If they take longer, fewer are offered."""
+FEW_WINDOWS = 32
 
 
 def measure_text(
@@ -55,7 +65,7 @@ def measure_text(
         score = partial(_score_shared, models.shared)
     with ExitStack() as opened:
         scorer = Scorer(models, [(), *sizes], windows.ids, batch_size, opened, score)
-        dense, *scored = scorer.score_all(f"Perplexity on {windows.text.source}", "windows")
+        dense, *scored = scorer.score_all(f"Perplexity on {windows.text.source}", WINDOWS)
     counted = windows.counted
     clusters = windows.clusters[counted]
     pruned = []
@@ -113,6 +123,36 @@ def _summary(scores: Scores, windows: EvaluationWindows, model: str) -> dict[str
     return {"perplexity": math.exp(loss), "losses": window_losses(scores, counted)}
 
 
+class _Pace:
+    """Moves the bar of a measurement, and soon says how long all windows take, if that is long."""
+
+    def __init__(self, count: int, advance: Advance, notify: Notify) -> None:
+        self._count = count
+        self._advance = advance
+        self._notify = notify
+        self._began = time.monotonic()
+        self._done = 0.0
+        self._has_said = False
+
+    def advance(self, done: float = 1, note: str = "") -> None:
+        """Add finished windows or texts, maybe a fraction of one."""
+        self._done += done
+        self._advance(done, note)
+        seconds = time.monotonic() - self._began
+        if self._has_said or seconds < PACE_SECONDS:
+            return
+        self._has_said = True
+        each = seconds / self._done
+        if self._count > FEW_WINDOWS and each * self._count > LONG_SECONDS:
+            whole = f"All {self._count:,} windows take about {format_seconds(each * self._count)}"
+            few = format_seconds(each * FEW_WINDOWS)
+            self._notify(Notice(f"{whole}; --max-windows {FEW_WINDOWS} takes about {few}."))
+
+    def reach(self, done: int, note: str) -> None:
+        """Add what is left of so many windows or texts, of which other processes read some."""
+        self.advance(max(0.0, done - self._done), note)
+
+
 class Scorer:
     """Runs models on the same windows or texts, the dense one first.
 
@@ -160,16 +200,19 @@ class Scorer:
         runs = [self.parts[at : at + together] for at in range(0, len(self.parts), together)]
         scored = []
         count = sum(map(len, self.parts))
+        done = 0
         with task(self.models.notify, title, count, unit) as advance:
+            self.pace = _Pace(count, advance, self.models.notify if unit == WINDOWS else ignore)
             for turn in deal(runs, group.size):
                 mine = [self._score_run(run) for run in turn[group.rank]]
                 for scores in group.gather_in_order(mine):
                     scored.append(scores)
+                    done += len(next(iter(scores[0].values())))
                     note = ""
                     if "nll" in scores[0]:
                         loss = min(float(scores[0]["nll"].double().mean()), 700)
                         note = f"dense: {math.exp(loss):.2f} in the last windows"
-                    advance(len(next(iter(scores[0].values()))), note)
+                    self.pace.reach(done, note)
         return join_models(scored)
 
     def _parts_together(self) -> int:
@@ -204,8 +247,8 @@ class Scorer:
     def _predict(self, batches: Sequence[Any]) -> list[list[Any]]:
         """Return the result of each model for each batch."""
         if self.models.differ_in_blocks_alone:
-            return list(predict_together(self.dense, batches, self.sizes))
-        predicted = list(predict_together(self.dense, batches, self.sizes[:1]))
+            return predict_together(self.dense, batches, self.sizes, self.pace.advance)
+        predicted = predict_together(self.dense, batches, self.sizes[:1])
         for size in self.sizes[1:]:
             skippable, surgery = self._model(size)
             # All batches are predicted in here, since the model is whole again behind it.
