@@ -61,8 +61,8 @@ import simulated_device
 from encoders import add_modules, bert_config, save_reader, word_pieces
 from sleb_cli import plugin_manager
 from sleb_cli.__main__ import main
+from sleb_cli.cache import cache_root
 from sleb_cli.engine import device as engine_device
-from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.forward import placement
 from sleb_cli.engine.forward.block_weights import Visit
 from sleb_cli.engine.forward.streaming import StreamedBlocks

@@ -5,6 +5,7 @@ multiple choice hide that: Shrestha et al., arXiv:2602.01997; ShortOPD, arXiv:26
 own command runs them, too: `lm-eval run --include_path FOLDER --tasks sleb_canaries`.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -18,3 +19,16 @@ INSTRUCTIONS = "sleb_instructions"
 
 LOOPS = "sleb_loops"
 """Not in the group: its long answers take minutes to hours."""
+
+PRESETS: Mapping[str, tuple[str, ...]] = {
+    # The five of Song et al., SLEB (ICML 2024, arXiv:2402.09025), without examples, which is
+    # lm-eval's default.
+    "sleb": ("piqa", "winogrande", "hellaswag", "arc_challenge", "arc_easy"),
+    # What depth pruning breaks first; they need no data set.
+    "canaries": CANARIES,
+    # lm-eval's groups for the two Open LLM Leaderboards, with the leaderboards' numbers of
+    # examples.
+    "leaderboard-v1": ("openllm",),
+    "leaderboard-v2": ("leaderboard",),
+}
+"""Names for several tasks or groups."""

@@ -18,7 +18,7 @@ from sleb_cli.checks.subjects import (
     read_pair,
     read_subject,
 )
-from sleb_cli.checks.text_names import require_evaluation_texts, require_mixture
+from sleb_cli.checks.text_names import require_measures, require_mixture
 from sleb_cli.plan import CHECKPOINT_PLAN, no_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.processes import is_main_process
@@ -110,13 +110,14 @@ def check_evaluation(request: EvalRequest, registry: Registry) -> NamedSubject:
     Raises:
         UsageError: options contradict each other, or a number or the blocks do not fit.
         PlanError: the plan is unreadable.
-        DataError: a text, the corpus or the folder of tasks is missing.
+        DataError: a text, a task, the corpus or the folder of tasks is missing.
         OutputError: the output exists, or cannot be written.
     """
     _require_new(request)
     parse_batch_size(request.batch_size)
     dtype_in_full(request.dtype or AUTO)
-    require_evaluation_texts(request.perplexity)
+    # Tasks of a folder are not among the known ones.
+    require_measures(request.perplexity, () if request.include_path else request.tasks)
     if request.corpus is not None:
         require_corpus(request.corpus)
     if request.include_path is not None and not request.include_path.is_dir():

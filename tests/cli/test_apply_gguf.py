@@ -17,8 +17,8 @@ from families import experts_config
 from gguf_models import convert_llama, metadata_of, tensors_of, write_gguf, write_llama_gguf
 from recovering import plain_losses
 from sleb_cli import atomic
+from sleb_cli.cache import cache_root
 from sleb_cli.engine.files import fingerprint
-from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.gguf import quick
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.gguf.file import write_gguf as write_gguf_again

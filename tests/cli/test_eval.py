@@ -17,13 +17,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from conftest import WORDS, calibration, llama_config, prose, save_model, write_task
 from reference import log_likelihood, plain_loss
 from sleb_cli import repetition
+from sleb_cli.cache import read_cached, write_cached
 from sleb_cli.canaries import FOLDER, LOOPS
 from sleb_cli.canaries.items import instructions
+from sleb_cli.checks.text_names import task_names_key
 from sleb_cli.engine.door import evaluate as evaluate_door
 from sleb_cli.engine.forward import prepare
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.output.measured import read_measurements
 from sleb_cli.engine.quality import models as quality_models
+from sleb_cli.engine.quality import texts as quality_texts
 from sleb_cli.engine.quality import written_code
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.events import ignore
@@ -503,3 +506,31 @@ def test_text_that_blocks_were_chosen_or_recovered_on_is_flagged(
     chosen, recovered = flattered(evaluate, "out", test_text, text_file)
     assert "Blocks were chosen on test.txt" in chosen
     assert "The remaining blocks were recovered on prose.txt" in recovered
+
+
+def test_all_that_is_named_wrong_is_said_at_once(sleb, tiny_llama, monkeypatch):
+    command = ["eval", tiny_llama, "--blocks 2 --perplexity none.txt --tasks piqqa,aqua"]
+    key = task_names_key()
+    write_cached(*key, ["piqa", "winogrande"], "names", ignore)
+    monkeypatch.setattr(evaluate_door, "resolve_subject", None)  # no model is looked at
+    error = sleb(*command, code=5).stderr
+    assert "There is no file none.txt. lm-eval has no task 'piqqa'." in error
+    assert "lm-eval has no task 'aqua'" in error
+
+
+def test_the_names_of_tasks_are_kept_once_a_wrong_one_was_looked_up(sleb, tiny_llama):
+    command = ["eval", tiny_llama, "--blocks 2 --tasks piqqa"]
+    assert read_cached(*task_names_key()) is None
+    assert "Did you mean 'piqa'" in sleb(*command, code=5).stderr
+    assert "piqa" in read_cached(*task_names_key())
+    assert "Did you mean 'piqa'" in sleb(*command, code=5).stderr
+
+
+def test_a_long_text_says_how_long_it_takes_and_what_a_part_of_it_takes(
+    sleb, tiny_llama, text_file, monkeypatch
+):
+    for name, value in {"PACE_SECONDS": 0, "LONG_SECONDS": 0, "FEW_WINDOWS": 2}.items():
+        monkeypatch.setattr(quality_texts, name, value)
+    command = ["eval", tiny_llama, "--blocks 2 --sequence-length 32 --perplexity", text_file]
+    assert "; --max-windows 2 takes about" in sleb(*command).stderr
+    assert "--max-windows" not in sleb(*command, "--max-windows 2").stderr

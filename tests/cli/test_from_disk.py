@@ -11,8 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from conftest import calibration, evaluation, save_model, shortage_at, slow, weight_bytes_of
 from families import tiny_config
+from sleb_cli.cache import cache_root
 from sleb_cli.engine.door import recovery as door
-from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.forward import placement
 from sleb_cli.engine.output import proof_placement
 from sleb_cli.engine.quality import texts

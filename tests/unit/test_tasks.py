@@ -11,10 +11,11 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import WORDS, tokenizer_with, write_task
+from sleb_cli.canaries import PRESETS
 from sleb_cli.engine.door.evaluate import load_requested
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.lm_eval_tasks import find_tasks
-from sleb_cli.engine.quality.tasks import PRESETS, compare_task
+from sleb_cli.engine.quality.tasks import compare_task
 from sleb_cli.engine.statistics import (
     items_needed,
     mcnemar,
@@ -363,7 +364,7 @@ def test_models_that_were_asked_other_items_are_not_compared():
 
 def test_tasks_of_lm_eval_are_found_without_an_index_of_all():
     tasks = Path(lm_eval.__file__).parent / "tasks"
-    manager = find_tasks(["piqa"], [], ())
+    manager = find_tasks(["piqa"], [])
     assert len(manager.all_tasks) < 50
     assert manager.task_index["piqa"].yaml_path == tasks / "piqa/piqa.yaml"
     files = {

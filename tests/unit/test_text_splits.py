@@ -10,8 +10,8 @@ import torch
 from datasets.exceptions import DatasetGenerationError
 
 from conftest import llama_config, prose, random_model, train_tokenizer
+from sleb_cli.cache import cache_root
 from sleb_cli.engine.door.recovery import SPLITS
-from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.text import calibration, writing
 from sleb_cli.engine.text.calibration import calibrate
 from sleb_cli.engine.text.own_text import generate_own_text

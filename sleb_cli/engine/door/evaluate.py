@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sleb_cli.canaries import FOLDER, LOOPS
+from sleb_cli.canaries import FOLDER, LOOPS, PRESETS
 from sleb_cli.checks.clashes import given
 from sleb_cli.checks.subjects import NamedSubject
 from sleb_cli.checks.verbs import parse_batch_size
@@ -34,7 +34,6 @@ from sleb_cli.engine.quality.corpus import CorpusTexts, tokenize_corpus
 from sleb_cli.engine.quality.evaluation import Evaluation
 from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask, find_tasks
 from sleb_cli.engine.quality.models import Models
-from sleb_cli.engine.quality.tasks import PRESETS
 from sleb_cli.engine.surgery.loading import Placement
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.chat import cut_answers, require_template
@@ -220,7 +219,7 @@ def load_requested(
     # The variable by which Hugging Face's evaluate library is allowed to run code.
     if run_code is None and os.environ.get("HF_ALLOW_CODE_EVAL") == "1":
         run_code = "confined"
-    manager = find_tasks(list(names), folders, also=PRESETS)
+    manager = find_tasks(list(names), folders)
     tasks = []
     for name in names:
         limit = request.limit

@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from sleb_cli.engine.files.cache import cached_folder
+from sleb_cli.cache import cached_folder
 from sleb_cli.engine.model.gguf import gguf_folder
 from sleb_cli.events import Notify, task
 from sleb_plugins import MachineError

@@ -3,7 +3,7 @@
 from importlib.metadata import version
 from pathlib import Path
 
-from sleb_cli.engine.files.cache import cached_folder
+from sleb_cli.cache import cached_folder
 from sleb_cli.engine.files.fingerprint import (
     Watch,
     fingerprint_samples,

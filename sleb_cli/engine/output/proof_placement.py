@@ -9,8 +9,8 @@ from functools import partial
 import torch
 
 from sleb_cli.atomic import free_space
+from sleb_cli.cache import cache_root
 from sleb_cli.engine.device import CPU, choose_device, free_memory, has_float64
-from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.forward.memory_needs import converted_bytes, model_bytes
 from sleb_cli.engine.forward.placement import choose_dtype, place_model
 from sleb_cli.engine.forward.streaming import require_streamable

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import transformers
 
+from sleb_cli.cache import read_cached, write_cached
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.environment import processor_name
-from sleb_cli.engine.files.cache import read_cached, write_cached
 from sleb_cli.engine.model.generation import with_requires_grad
 from sleb_cli.engine.quality.bits_per_byte import ByteWindows, measure_bytes
 from sleb_cli.engine.quality.corpus import CorpusTexts, measure_corpus

@@ -19,16 +19,18 @@ from unittest import mock
 
 from torch import Tensor
 
+from sleb_cli.cache import write_cached
+from sleb_cli.checks.text_names import task_names_key, unknown_task
 from sleb_cli.engine.device import input_device
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality import written_code
 from sleb_cli.engine.third_party import error_saying, translate_errors
-from sleb_cli.events import Notify
+from sleb_cli.events import Notify, ignore
 from sleb_cli.requests import AUTO, RunCode
 from sleb_cli.texts.data_set import loading_data
 from sleb_cli.units import plural
-from sleb_plugins.errors import DataError, UsageError, did_you_mean
+from sleb_plugins.errors import DataError, UsageError
 
 # Where lm-eval's own search for the largest batch begins.
 MAX_BATCH = 64
@@ -251,11 +253,11 @@ class LoadedTask:
         return dict(json.loads(json.dumps(results, default=handle_non_serializable)))
 
 
-def find_tasks(names: Sequence[str], folders: Sequence[Path], also: Iterable[str]) -> Any:
+def find_tasks(names: Sequence[str], folders: Sequence[Path]) -> Any:
     """Index lm-eval's tasks in `folders`, and in its own folders as far as these names need them.
 
     Raises:
-        DataError: a task is unknown; one of `also` may be suggested.
+        DataError: a task is unknown.
     """
     from sleb_cli.engine.lm_eval_internals import TaskManager
 
@@ -271,10 +273,9 @@ def find_tasks(names: Sequence[str], folders: Sequence[Path], also: Iterable[str
         manager = TaskManager(include_path=paths)
     for name in names:
         if name not in manager.all_tasks:
-            hint = did_you_mean(
-                name, [*also, *manager.all_tasks], otherwise="`lm-eval ls tasks` lists them."
-            )
-            raise DataError(f"lm-eval has no task {name!r}.", hint=hint)
+            if len(folders) == 1:  # all are known from now on
+                write_cached(*task_names_key(), manager.all_tasks, "lm-eval's tasks", ignore)
+            raise unknown_task(name, manager.all_tasks)
     return manager
 
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from sleb_cli.canaries import CANARIES
 from sleb_cli.engine.statistics import (
     Estimate,
     is_binary,
@@ -25,19 +24,6 @@ from sleb_plugins import DataError, ModelError
 
 Results = Mapping[str, Any]
 """The results of lm-eval in its `result_schema`, with the samples, as JSON holds them."""
-
-PRESETS: dict[str, tuple[str, ...]] = {
-    # The five of Song et al., SLEB (ICML 2024, arXiv:2402.09025), without examples, which is
-    # lm-eval's default.
-    "sleb": ("piqa", "winogrande", "hellaswag", "arc_challenge", "arc_easy"),
-    # What depth pruning breaks first; they need no data set: see `sleb_cli/canaries`.
-    "canaries": CANARIES,
-    # lm-eval's groups for the two Open LLM Leaderboards, with the leaderboards' numbers of
-    # examples.
-    "leaderboard-v1": ("openllm",),
-    "leaderboard-v2": ("leaderboard",),
-}
-"""Names for several tasks or groups."""
 
 
 def compare_task(

@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
+from sleb_cli.cache import scratch_in_cache
 from sleb_cli.engine.device import dtype_name
-from sleb_cli.engine.files.cache import scratch_in_cache
 from sleb_cli.engine.files.fingerprint import Watch
 from sleb_cli.engine.files.tensors import read_all
 from sleb_cli.engine.model.architecture import Architecture

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.text.windows import EvaluationWindows, TooShort, begin_with_bos, require_enough
+from sleb_cli.engine.text.windows import (
+    EvaluationWindows,
+    TooShort,
+    begin_with_bos,
+    require_enough,
+    too_short,
+)
 from sleb_cli.engine.third_party import error_saying, translate_errors
 from sleb_cli.texts.source import Conversation, Text
 from sleb_plugins import DataError, UsageError
@@ -141,10 +147,9 @@ def pack(
 def _too_few(source: str, rendered: Sequence[Tokens], length: int, *, answers: bool) -> TooShort:
     needed = "with an answer in it." if answers else "tokens."
     tokens = sum(map(len, rendered))
-    return TooShort(
+    return too_short(
         f"The conversations of {source} have {tokens} tokens, too few for a sequence of {length} "
         f"{needed}",
-        "Use more conversations, or --sequence-length",
         source,
         tokens,
     )

@@ -48,12 +48,17 @@ def choose_length(
 
 
 class TooShort(DataError):
-    """A text has too few `tokens` for one sequence."""
+    """A text has too few tokens for one sequence."""
 
-    def __init__(self, message: str, hint: str, source: str, tokens: int) -> None:
-        super().__init__(message, hint=f"{hint} {tokens} or less.")
-        self.source = source
-        self.tokens = tokens
+    has = ""
+    """How many tokens it has, in words."""
+
+
+def too_short(message: str, source: str, tokens: int) -> TooShort:
+    """Return an error about a source that has only so many tokens."""
+    error = TooShort(message, hint=f"Use more text, or --sequence-length {tokens} or less.")
+    error.has = f"{source} has {tokens} tokens"
+    return error
 
 
 def follow_text(
@@ -71,7 +76,7 @@ def follow_text(
     try:
         return read(length, notify)
     except TooShort as error:
-        too_short = error
+        first_error = error
     shorter = length // 2
     while shorter >= SHORTEST:
         try:
@@ -80,11 +85,10 @@ def follow_text(
             shorter //= 2
             continue
         if count(sequences) >= FEWEST:
-            tokens = f"{too_short.source} has {too_short.tokens} tokens"
-            notify(Notice(f"{tokens}, so sequences have {shorter}, not {length}."))
+            notify(Notice(f"{first_error.has}, so sequences have {shorter}, not {length}."))
             return sequences
         shorter //= 2
-    raise too_short
+    raise first_error
 
 
 def adds_bos(tokenizer: Any) -> bool:
@@ -205,9 +209,8 @@ def require_windows(
     """Return the windows; raise a DataError if there are none, or fewer than required."""
     if not len(windows):
         tokens = len(tokenizer(text.content, add_special_tokens=False).input_ids)
-        raise TooShort(
+        raise too_short(
             f"{text.source} has {tokens} tokens, less than one sequence of {length}.",
-            "Use more text, or --sequence-length",
             text.source,
             tokens,
         )

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
+from sleb_cli.cache import read_cached, write_cached
 from sleb_cli.engine.device import as_float64, dtype_name, input_device
-from sleb_cli.engine.files.cache import read_cached, write_cached
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.model.generation import continue_each, generate
 from sleb_cli.engine.third_party import error_saying
