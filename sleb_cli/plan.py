@@ -217,6 +217,8 @@ class Step(Record):
 class SampleGeneration(Record):
     """How the dense and the pruned model continue `prompt`, with up to `new_tokens` each.
 
+    A chat model is asked `prompt`, which is then a question, in its chat template.
+
     The repetitions are the shares of 4-token sequences that occurred before.
     """
 
@@ -226,6 +228,11 @@ class SampleGeneration(Record):
     pruned: str
     dense_repetition: float
     pruned_repetition: float
+
+    @property
+    def verb(self) -> str:
+        """What both models do with the prompt."""
+        return "answer" if self.prompt.endswith("?") else "continue"
 
 
 class EnvironmentRecord(Record):

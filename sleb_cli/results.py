@@ -282,8 +282,8 @@ class DivergenceRecord(Record):
 class PrunedTextScores(TextScores):
     """The scores without `removals`, and how they differ from the dense model's on the same tokens.
 
-    `log_ratio` is ln(pruned perplexity / dense perplexity), in nats per token; its standard error
-    takes a document or a window as one observation.
+    `log_ratio` is ln(pruned perplexity / dense perplexity), in nats per token, and `interval` its
+    95% interval; its standard error takes a document or a window as one observation.
     """
 
     removals: SizeKey

@@ -73,11 +73,11 @@ def evaluation_tables(result: EvalResult, names: Sequence[str]) -> list[Table]:
     texts = by_model(result.texts, names, other)
     return [
         perplexities(texts),
-        divergences(texts),
-        text_settings(result.texts, names),
         tasks(by_model(result.tasks, task_names(result.tasks), other)),
         verdicts(result.tasks, other),
         corpora(result.corpora, other),
+        divergences(texts),
+        text_settings(result.texts, names),
     ]
 
 
@@ -200,8 +200,9 @@ def divergences(scored: Iterable[Scored]) -> Table:
             kl = scores.divergence
             rows.append([name, model, kl, kl.median, kl.p99, kl.same_top, kl.accepted])
     notes = [
-        "KL: how far from dense, in nats per token. same top: positions with the same first "
-        "choice. accepted: sampled tokens that the dense model keeps if this one drafts for it."
+        "KL: how far the predictions are from the dense model's, in nats per token; 0 is equal. "
+        "same top: positions at which both models find the same token most likely. accepted: "
+        "tokens drawn from this model that the dense one would keep, if this one drafted for it."
     ]
     return tabulate("Divergence from the dense model", columns, rows, notes)
 

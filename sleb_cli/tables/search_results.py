@@ -135,7 +135,12 @@ def _parts(plan: Plan, experts: ExpertPlan) -> Table:
         change = math.expm1(text.pruned - text.dense)
         rows.append([name, dense, pruned, change, text.kept, text.unreached])
     total = experts.count * len(experts.blocks)
-    notes = [PERPLEXITY, _summarize(plan), f"unused: {plan.unit} that no token chose, of {total:,}"]
+    notes = [
+        PERPLEXITY,
+        f"energy kept: of the squares of what the {plan.unit} add, the share of those that stay. "
+        f"unused: {plan.unit} that no token chose, of {total:,}.",
+        _summarize(plan),
+    ]
     return tabulate("The texts", columns, rows, notes)
 
 

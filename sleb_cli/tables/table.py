@@ -54,10 +54,10 @@ def tabulate(
 
 
 def model_name(removals: Sequence[int], *, alone: bool = False) -> str:
-    """Name a model in a row: dense, or -6 without 6 blocks."""
+    """Name a model in a row: dense, or without 6."""
     if alone:
         return ""  # it may well be pruned already, so "dense" could be wrong
-    return f"-{len(removals)}" if removals else "dense"
+    return f"without {len(removals)}" if removals else "dense"
 
 
 def by_model(results: Iterable[Any], names: Iterable[str], other: str = "") -> list[Scored]:

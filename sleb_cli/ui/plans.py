@@ -67,7 +67,7 @@ def _show_next(plan: Plan, output: Path) -> None:
         half = len(plan.largest) // 2
         fewer = half - half % plan.order.multiple
         if fewer:
-            label = "next, a smaller size"
+            label = "next, with fewer blocks removed"
             apply += f" --remove {fewer}"
     print_to_copy(f"wrote {output}; {label}: {apply}")
 
@@ -76,7 +76,7 @@ def _show_sample(plan: Plan) -> None:
     sample = plan.sample_generation
     if sample is None:
         return
-    print_line(f'both models continue "{sample.prompt}"')
+    print_line(f'both models {sample.verb} "{sample.prompt}"')
     for name, repeated, text in tables.sample_rows(sample):
         line = " ".join(text.split())
         if len(line) > SAMPLE_CHARACTERS:

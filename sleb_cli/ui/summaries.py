@@ -78,10 +78,12 @@ def _show_flips(task: TaskResult, size: PrunedTaskScores, removed: str, model: s
 def show_benchmark(result: BenchResult, output: Path | None) -> None:
     """Show the size, speed and memory of each model."""
     from sleb_cli.tables import provenance, speed
+    from sleb_cli.tables.table import model_name
 
     print_title(short_name(result.model.id))
     for size in result.pruned:
-        print_line(f"-{len(size.removals)}: {result.order.describe(size.removals)}")
+        removed = result.order.describe(size.removals).removeprefix("without ")
+        print_line(f"{model_name(size.removals)}: {removed}")
     for table in speed.benchmark_tables(result):
         show_table(table)
     show_table(provenance.result_settings(result))

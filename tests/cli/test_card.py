@@ -187,7 +187,7 @@ def test_a_recovered_checkpoint_claims_no_earlier_number(out, measured, tmp_path
     assert "model-index" not in out.data.to_dict()
     assert "Found by greedy search of another model" in out.text
     assert "**Results**" not in out.text
-    assert "both models continued" not in out.text
+    assert "At the end of the search" not in out.text
 
 
 def test_no_file_names_a_folder_of_this_machine(out, sleb, search, tmp_path, text_file):

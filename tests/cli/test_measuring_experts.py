@@ -133,7 +133,7 @@ def test_fewer_experts_per_token(evaluate, apply, sleb, plan_of, mixture, tmp_pa
     assert "matches the original with as few experts for each token" in told
     assert evaluate(tmp_path / "out")[0] == [[texts[1]], [items[1]]]
     shown = sleb("bench", mixture, *one, *FAST, "--prompt").stdout
-    assert "-1: with 1 expert per token" in shown
+    assert "without 1: with 1 expert per token" in shown
     with_plan = sleb("apply", plan_of(mixture), *one, "-o both").stdout
     assert all(
         words in with_plan
@@ -166,7 +166,7 @@ def test_what_is_told_of_experts(
     plan, title = plan_of(mixture), "without 4 of the 8 experts of each block"
     (texts, _), *_ = evaluate(plan, "--every 2")
     shown = sleb("bench", plan, "--every 2", *FAST, "--prompt").stdout
-    assert f"-4: {title}" in shown
+    assert f"without 4: {title.removeprefix('without ')}" in shown
     assert "blocks" not in shown
     timed = sleb("bench", plan, "--every 2", *FAST, "--engine steady --json").data
     stored = [size["weights_bytes"] for size in (timed["dense"], *timed["pruned"])]

@@ -17,7 +17,7 @@ def test_a_collapse_is_shown_and_in_the_model_card(search, sleb, shared_data, tm
     assert " ".join(said.dense.split())[:60] in shown
     assert "The pruned model repeats itself" in shown
     assert shown.endswith(
-        "wrote plan.json; next, a smaller size: sleb apply plan.json --remove 1\n"
+        "wrote plan.json; next, with fewer blocks removed: sleb apply plan.json --remove 1\n"
     )
     sleb("apply -o three")
     card = (tmp_path / "three" / "README.md").read_text()

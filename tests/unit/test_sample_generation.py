@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import llama_config, random_model, train_tokenizer
+from conftest import llama_config, random_model, tokenizer_with, train_tokenizer
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.quality.sample_generation import PROMPT, generate_sample, repetition
+from sleb_cli.engine.quality.sample_generation import PROMPT, QUESTION, generate_sample, repetition
 from sleb_cli.events import Notice, TaskAdvanced
 from sleb_plugins import UnsupportedModelError
 
@@ -47,6 +47,27 @@ def test_both_models_generate_what_transformers_does_greedily(shared_data):
         repetition(dense),
         repetition(pruned),
     )
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "verb"),
+    [
+        ("{{ messages[0].content }}<s>", QUESTION, "answer"),
+        ("{{ raise_exception('no') }}", PROMPT, "continue"),
+    ],
+)
+def test_a_chat_model_answers_a_question(template, prompt, verb, monkeypatch):
+    read = []
+    model = random_model(llama_config(3))
+    generate = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda ids, **options: read.append(ids) or generate(ids, **options)
+    )
+    tokenizer = tokenizer_with(template)
+    found, _ = sample(model, tokenizer)
+    assert (found.prompt, found.verb) == (prompt, verb)
+    ends = tokenizer.decode(read[0][0]).removeprefix(prompt)
+    assert ends == ("<s>" if verb == "answer" else "")
 
 
 @pytest.mark.parametrize("fault", ["raises", "is wrong"])

@@ -419,6 +419,6 @@ def test_a_model_that_is_measured_alone_has_no_name_and_no_verdict():
     task = measured("piqa", "choosing", 1, 0)
     alone = task.model_copy(update={"pruned": ()})
     assert verdicts([alone]).rows == []
-    assert [row[1] for row in by_model([task], ["piqa"])] == ["dense", "-2"]
+    assert [row[1] for row in by_model([task], ["piqa"])] == ["dense", "without 2"]
     (row,) = by_model([alone], ["piqa"])
     assert (row[1], tasks([row]).columns[:2]) == ("", ["task", "score"])

@@ -303,7 +303,7 @@ def _sample_generation(sample: SampleGeneration) -> list[str]:
     prompt = in_markdown(sample.prompt)
     lines += [
         "",
-        f'At the end of the search, both models continued "{prompt}" greedily as follows; '
+        f'At the end of the search, both models {sample.verb} "{prompt}" greedily as follows; '
         '"repeated" is the share of runs of 4 tokens that occurred before:',
         "",
         "```text",

@@ -1,4 +1,7 @@
-"""Let both models write a few words: a sentence shows a collapse that perplexity hides."""
+"""Let both models write a few words: a sentence shows a collapse that perplexity hides.
+
+A chat model answers a question in its template; others continue a text.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,16 @@ from transformers import GenerationConfig
 from sleb_cli.engine.forward.fork_check import equal_up_to_rounding
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.generation import end_tokens, generate
+from sleb_cli.engine.text.chat import apply_template
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import SampleGeneration
 from sleb_cli.repetition import repetition
-from sleb_plugins import UnsupportedModelError
+from sleb_cli.texts.source import Conversation
+from sleb_plugins import DataError, UnsupportedModelError
 from sleb_plugins.errors import OutOfMemory, explain_out_of_memory
 
 PROMPT = "A river begins as snow on a mountain. In spring the water runs down over the rocks,"
+QUESTION = "In one sentence, how does a river begin?"
 
 
 def generate_sample(
@@ -31,13 +37,13 @@ def generate_sample(
     notify: Notify,
     absent: AbstractContextManager[object] | None = None,
 ) -> SampleGeneration | None:
-    """Let both models continue a fixed prompt greedily.
+    """Let both models answer a question, or continue a text, greedily.
 
     Returns None, with a notice, if memory or positions are too few.
 
     The pruned model is the dense one without the `removed` blocks, in the context `absent`.
     """
-    ids = tokenizer(PROMPT).input_ids
+    given, ids = _prompt(tokenizer)
     count = min(new_tokens, (longest or new_tokens + len(ids)) - len(ids))
     if not ids or max(ids) >= skippable.model.get_input_embeddings().num_embeddings or count < 1:
         why = "the prompt does not fit the model's tokens or positions"
@@ -57,13 +63,25 @@ def generate_sample(
             notify(Notice(f"No sample text is shown: {error.message}"))
             return None
     return SampleGeneration(
-        prompt=PROMPT,
+        prompt=given,
         new_tokens=count,
         dense=_decode(tokenizer, dense),
         pruned=_decode(tokenizer, pruned),
         dense_repetition=repetition(dense),
         pruned_repetition=repetition(pruned),
     )
+
+
+def _prompt(tokenizer: Any) -> tuple[str, list[int]]:
+    """Return what both models are given, and its tokens."""
+    if getattr(tokenizer, "chat_template", None):
+        chat: Conversation = [{"role": "user", "content": QUESTION}]
+        with suppress(DataError):
+            text = apply_template(
+                tokenizer, chat, "the sample", tokenize=False, add_generation_prompt=True
+            )
+            return QUESTION, tokenizer(text, add_special_tokens=False).input_ids
+    return PROMPT, tokenizer(PROMPT).input_ids
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
