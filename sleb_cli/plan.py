@@ -368,25 +368,36 @@ class RecoveryRecord(Record):
         return self.heal is not None and self.heal.rank is None
 
     @property
-    def summary(self) -> str:
-        """The share of the lost nats that is back, and the share of the divergence that is left, in
-        words.
-
-        Below the dense model's loss, the model has adapted to the kind of text; that hides no
-        divergence.
-        """
-        _, written, _ = self.models[-1]
-        left = written.left_of(self.pruned)
+    def summaries(self) -> list[str]:
+        """Say what is back on each measured text; on text unlike that of the fit, less is."""
+        _, written, on_answers = self.models[-1]
+        text = f"on held-out text like that of the fit ({self.test_text})"
         if self.is_of_reader:
-            return f"{left:.0%} of the distance from the dense model is left"
-        lost = self.pruned.loss - self.dense.loss
-        if lost <= 0:
-            nats = "the removal did not raise the loss there"
-        elif written.loss < self.dense.loss:
-            nats = "all of the lost nats are back, and more, by adapting to the text"
-        else:
-            nats = f"{(self.pruned.loss - written.loss) / lost:.0%} of the lost nats are back"
-        return f"{nats}; {left:.0%} of the divergence from the dense model is left"
+            left = written.left_of(self.pruned)
+            return [f"{text}, {left:.0%} of the distance from the dense model is left"]
+        summaries = [f"{text}, {_what_is_back(self.dense, self.pruned, written)}"]
+        answers = self.conversations
+        if answers and on_answers:
+            back = _what_is_back(answers.dense, answers.pruned, on_answers)
+            summaries.append(f"on answers in its own conversations, {back}")
+        return summaries
+
+
+def _what_is_back(dense: LossesRecord, pruned: LossesRecord, written: LossesRecord) -> str:
+    """Return the share of the lost nats that is back, and the share of the divergence that is left.
+
+    Below the dense model's loss, the model has adapted to the kind of text; that hides no
+    divergence.
+    """
+    lost = pruned.loss - dense.loss
+    if lost <= 0:
+        nats = "the removal did not raise the loss"
+    elif written.loss < dense.loss:
+        nats = "all of the lost nats are back, and more, by adapting to the text"
+    else:
+        nats = f"{(pruned.loss - written.loss) / lost:.0%} of the lost nats are back"
+    left = written.left_of(pruned)
+    return f"{nats}; {left:.0%} of the divergence from the dense model is left"
 
 
 class ExpertOrder(Record):

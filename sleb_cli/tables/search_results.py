@@ -156,11 +156,10 @@ def sizes(plan: Plan) -> str | None:
 
 def recovery(record: RecoveryRecord) -> Table:
     """List the losses of a recovered model on held-out text."""
-    about = f"{record.summary}, measured on {record.test_text}, held out"
     if record.is_of_reader:
         distances = [[name, losses.divergence] for name, losses, _ in record.models]
         return tabulate(
-            "Recovery", [("model", str), ("distance", "{:.4f}".format)], distances, [about]
+            "Recovery", [("model", str), ("distance", "{:.4f}".format)], distances, record.summaries
         )
     columns: list[Column] = [
         ("model", str),
@@ -173,12 +172,7 @@ def recovery(record: RecoveryRecord) -> Table:
     for name, losses, answers in record.models:
         on_answers = answers.divergence if answers else None
         rows.append([name, math.exp(losses.loss), losses.loss, losses.divergence, on_answers])
-    notes = [about]
-    written_on_answers = record.models[-1][2]
-    if record.conversations and written_on_answers:
-        left = written_on_answers.left_of(record.conversations.pruned)
-        notes.append(f"on answers in its own conversations, {left:.0%} of the divergence is left")
-    return tabulate("Recovery", columns, rows, notes)
+    return tabulate("Recovery", columns, rows, record.summaries)
 
 
 def sample_rows(sample: SampleGeneration) -> list[tuple[str, str, str]]:

@@ -67,10 +67,12 @@ def test_a_recovery_is_reported_on_answers_too(sleb, chatty, text_file, tmp_path
     mixture = f"{text_file}:0.75,self:0.25"
     shown = sleb(*recover, "--calibration", mixture)
     assert "KL, answers" in shown.stdout
-    assert re.search(
-        r"on answers in its own conversations, \d+% of the divergence is left", shown.stdout
-    )
     record = recovered(sleb(*recover, "--calibration", mixture, "--force --json"))
+    like_it, on_answers = record.summaries
+    assert like_it.startswith(f"on held-out text like that of the fit ({record.test_text}), ")
+    assert on_answers.startswith("on answers in its own conversations, ")
+    assert like_it in shown.stdout
+    assert on_answers in shown.stdout
     assert (record.train_text.chat, record.conversations.text.source) == (None, "self-chat")
     # What decides and what is reported count only the answers, if they are asked for.
     record = recovered(sleb(*recover, "--calibration self-chat --chat answers --force --json"))
