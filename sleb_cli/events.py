@@ -30,6 +30,13 @@ class Warned(Event):
 
 
 @dataclass(frozen=True)
+class TasksAhead(Event):
+    """The main tasks of a command that has several, in order."""
+
+    tasks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class TaskStarted(Event):
     """A task starts; `total` is in `unit`."""
 

@@ -1,5 +1,7 @@
 """Show the engine's events: as bars on a terminal, as plain lines in a log."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -34,6 +36,7 @@ from sleb_cli.events import (
     SearchStarted,
     TaskAdvanced,
     TaskFinished,
+    TasksAhead,
     TaskStarted,
     Warned,
 )
@@ -64,7 +67,7 @@ def _only_warnings(event: Event) -> None:
         print_warning(event.text)
 
 
-def _progress(console: Console) -> Progress:
+def _progress(console: Console) -> _Bars:
     return _Bars(
         SpinnerColumn(finished_text="[green]✓[/]"),
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
@@ -81,12 +84,17 @@ def _bar_width(width: int) -> int:
 
 
 class _Bars(Progress):
+    ahead: tuple[str, ...] = ()
+    """The tasks that have not started yet."""
+
     def get_renderables(self) -> Iterator[RenderableType]:
         # In a column, a note would take the room of counts and times.
         yield self.make_tasks_table(self.tasks)
         for task in self.tasks:
             if task.fields["note"]:
                 yield Text(f"  {task.fields['note']}", no_wrap=True, overflow="ellipsis")
+        if self.ahead:
+            yield Text(f"  then: {', '.join(self.ahead)}", style="dim", overflow="ellipsis")
 
 
 class _Done(DownloadColumn):
@@ -100,7 +108,7 @@ class _Done(DownloadColumn):
 
 
 class _BarListener:
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: _Bars) -> None:
         self._progress = progress
         # Shown while the libraries are imported, until the first real task starts.
         self._tasks = {_STARTING: progress.add_task(_STARTING, total=None, unit="", note="")}
@@ -108,6 +116,8 @@ class _BarListener:
 
     def __call__(self, event: Event) -> None:
         match event:
+            case TasksAhead(tasks):
+                self._progress.ahead = tasks
             case TaskStarted(task, total, unit):
                 self._add(task, total, unit)
             case TaskAdvanced(task, done, note):
@@ -134,6 +144,10 @@ class _BarListener:
     def _add(self, task: str, total: int | None, unit: str) -> None:
         if _STARTING in self._tasks:
             self._progress.remove_task(self._tasks.pop(_STARTING))
+        for number, ahead in enumerate(self._progress.ahead, start=1):
+            if task.startswith(ahead):
+                self._progress.ahead = self._progress.ahead[number:]
+                break
         self._totals[task] = total
         width = self._progress.console.width
         # The spinner, "123456/1234567", two durations, and the space between six columns.
@@ -156,6 +170,8 @@ def _print_sentence(event: Event, console: Console) -> None:
     match event:
         case Notice(text):
             print_prose(console, escape(text))
+        case TasksAhead(tasks):
+            print_prose(console, f"In turn: {', '.join(tasks)}.")
         case Warned(text):
             print_warning(text, console)
         case BlocksSwapped(restored, removed, before, after):

@@ -11,6 +11,7 @@ from sleb_cli.events import (
     SearchStarted,
     TaskAdvanced,
     TaskFinished,
+    TasksAhead,
     TaskStarted,
 )
 from sleb_cli.ui import console, progress
@@ -29,6 +30,7 @@ def test_names_stay_as_they_are_and_leave_room_for_numbers(shown, width):
     listen = progress._BarListener(bars)
     long = f"Loading /very/long/path/of/{'a-name-' * 14}"
     for event in (
+        TasksAhead(("Writing", "Healing", "Proving")),
         TaskStarted(long),
         TaskFinished(long),
         TaskStarted("Writing [b]", 98_362_432, "B"),
@@ -49,11 +51,12 @@ def test_names_stay_as_they_are_and_leave_room_for_numbers(shown, width):
         r". Scoring .* 2500/62000 +0:00:00 --:--",
         r"  train:\[c\]",
         r"  best so far: block 7 \(3.1235\)",
+        r"  then: Healing, Proving",
     )
     for pattern, row in zip(patterns, rows, strict=True):
         assert re.fullmatch(pattern, row)
     listen(TaskFinished(SCORING_TASK))
-    assert len(shown.render_lines(bars.get_renderable(), pad=False)) == 4
+    assert len(shown.render_lines(bars.get_renderable(), pad=False)) == 5
     assert "org/d:train:[e]" in shown.file.getvalue()
 
 

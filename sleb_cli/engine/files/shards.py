@@ -27,6 +27,7 @@ from sleb_cli.engine.files.weights import SAFETENSORS, WeightFiles
 from sleb_cli.events import Notify, task
 
 INDEX = f"{SAFETENSORS}.index.json"
+WEIGHTS_TASK = "Writing weights"
 """The file that says which weight file holds which tensor, if there are several."""
 
 
@@ -155,7 +156,7 @@ def _split(tensors: Iterable[NewTensor], max_bytes: int) -> list[list[NewTensor]
 def write_weights(folder: Path, shards: Mapping[str, Shard], notify: Notify) -> None:
     """Write the shards and, if there are several, their index."""
     total = sum(shard.size for shard in shards.values())
-    with task(notify, "Writing weights", total, "B") as advance:
+    with task(notify, WEIGHTS_TASK, total, "B") as advance:
         for name, shard in shards.items():
             # Widest elements first, as safetensors writes them, so each tensor is aligned to its
             # elements.

@@ -155,7 +155,7 @@ class Passes:
         sizes: Mapping[int, Sequence[SizeKey]],
         advance: Advance = no_progress,
     ) -> Iterator[tuple[int, SizeKey, list[float]]]:
-        """Score batches as `score` does, without each of their sets of blocks, which share a walk."""
+        """Score batches without each of their sets of blocks, which share a walk."""
         unscored = {batch: list(of_batch) for batch, of_batch in sizes.items()}
         return self._score_in_pieces(unscored, partial(self._score_sizes, metric, advance))
 

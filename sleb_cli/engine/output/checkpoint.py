@@ -22,16 +22,22 @@ from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files import other_formats
 from sleb_cli.engine.files.config_files import CONFIG, SETTINGS, map_values, read_json
 from sleb_cli.engine.files.copying import copy_file, holds_file, links_outside, reading
-from sleb_cli.engine.files.shards import NewTensor, new_tensor, plan_shards, write_weights
+from sleb_cli.engine.files.shards import (
+    WEIGHTS_TASK,
+    NewTensor,
+    new_tensor,
+    plan_shards,
+    write_weights,
+)
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.card import CARD, model_card
 from sleb_cli.engine.output.measured import join_results, results_of_plan
-from sleb_cli.engine.output.proof import prove
+from sleb_cli.engine.output.proof import PROOF_TASK, prove
 from sleb_cli.engine.output.proof_of_files import Planned
 from sleb_cli.engine.output.proof_placement import ProofPlacement, place_proof
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.events import Notice, Notify, Warned
+from sleb_cli.events import Notice, Notify, TasksAhead, Warned
 from sleb_cli.names import without_folders
 from sleb_cli.plan import CHECKPOINT_PLAN, RecoveryRecord
 from sleb_cli.records import THIS_VERSION
@@ -94,9 +100,13 @@ def apply_recovered(
     subject: Subject, output: Output, recovery: RecoverySettings, notify: Notify
 ) -> ApplyResult:
     """Recover the kept blocks, and write the checkpoint with their new values."""
-    from sleb_cli.engine.recovery.recover import recover  # which imports datasets
+    from sleb_cli.engine.recovery.recover import recover, tasks_ahead  # which imports datasets
     from sleb_cli.engine.recovery.saved_state import delete_states, explain_resume_on_failure
 
+    tasks = [*tasks_ahead(recovery), WEIGHTS_TASK]
+    if output.verify:
+        tasks.append(PROOF_TASK)
+    notify(TasksAhead(tuple(tasks)))
     run_recovery = partial(recover, recovery, notify)
     with explain_resume_on_failure(output.path, notify):
         result = apply_removals(subject, output, notify, run_recovery, recovery.kept_bytes)

@@ -55,6 +55,7 @@ TEXTS = (PROMPT, *PROMPT.split(". "))
 """The texts for models that read: of several lengths, so that most are padded."""
 
 PROMPT_TOKENS = 64
+PROOF_TASK = "Proving the checkpoint"
 NEW_TOKENS = 8
 NEW_STREAMED_TOKENS = 2
 """New tokens if blocks stay on the disk: each token reads all blocks."""
@@ -107,7 +108,7 @@ def prove(
             checks.append("loads")
         else:
             cast = next((tensor.cast for tensor in planned.tensors if tensor.cast), None)
-            with task(notify, "Proving the checkpoint"):
+            with task(notify, PROOF_TASK):
                 models, comparison = _compare(models, cast)
             numbers = {
                 "prompt": "random tokens" if tokenizer is None else "text",

@@ -39,6 +39,7 @@ from sleb_cli.plan import ClosedFormRecord, FitRecord, LossesRecord
 from sleb_cli.units import plural
 from sleb_plugins import UnsupportedModelError
 
+FIT_TASK = "Recovering in closed form"
 BATCH_TOKENS = 4096
 PATIENCE = 3
 """After this many blocks in a row that gain next to nothing, no more are refitted until the next
@@ -64,6 +65,7 @@ class ClosedForm(Stage):
     """The recovery in closed form, always the first stage: it starts from the dense values."""
 
     title = "Recovery"
+    task = FIT_TASK
     model = "recovered"
     key = "closed_form"
     streams = True
@@ -137,7 +139,7 @@ def _fit_all_blocks(job: Job, size: int) -> FittedBlocks:
         block = min(removed) - 1
         begin = block
     fruitless = 0
-    with task(job.notify, "Recovering in closed form", count, "blocks") as advance:
+    with task(job.notify, FIT_TASK, count, "blocks") as advance:
         batches = Batches(job, size)
         fitted = FittedBlocks(job, batches, Judge(job, batches, size))
         entering = batches.run(batches.entering(), range(begin))

@@ -57,6 +57,7 @@ class Heal(Stage):
     rank: ClassVar[int | None] = RANK
 
     title = "Healing"
+    task = HEAL_TASK
     model = "healed"
     key = "healed"
     streams = False

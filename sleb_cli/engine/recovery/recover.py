@@ -21,12 +21,14 @@ from sleb_cli.engine.recovery.stage import Job, RecoverySettings, whole_model
 from sleb_cli.engine.recovery.variant import DenseComparison, Variant
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
+from sleb_cli.engine.text.own_chat import CONVERSATIONS_TASK
+from sleb_cli.engine.text.own_text import OWN_TEXT_TASK
 from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.engine.text.windows import tokens_sha256, whole_mask
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.keys import key_of
 from sleb_cli.plan import ConversationsRecord, LossesRecord, RecoveryRecord
-from sleb_cli.texts.named import is_written
+from sleb_cli.texts.named import is_written, writes_conversations
 from sleb_cli.texts.written import SELF_CHAT
 from sleb_plugins import DataError, ModelError, UnsupportedModelError, UsageError
 
@@ -38,6 +40,15 @@ class Recovered:
     parameters: Mapping[str, Tensor]
     tensors: Mapping[str, Tensor]
     record: RecoveryRecord
+
+
+def tasks_ahead(settings: RecoverySettings) -> list[str]:
+    """List what takes long, in order."""
+    tasks = []
+    for name in settings.splits[0].shares:
+        if is_written(name):
+            tasks.append(CONVERSATIONS_TASK if writes_conversations(name) else OWN_TEXT_TASK)
+    return tasks + [stage.task for stage in settings.stages]
 
 
 def recover(settings: RecoverySettings, notify: Notify) -> Recovered:

@@ -75,12 +75,14 @@ class Stage(ABC):
 
     Attributes:
         title: its name in messages.
+        task: its name as a task.
         model: the name of the model with its values in messages.
         key: the field of `ConversationsRecord` that this stage fills.
         streams: whether the blocks may stay in the files.
     """
 
     title: ClassVar[str]
+    task: ClassVar[str]
     model: ClassVar[str]
     key: ClassVar[str]
     streams: ClassVar[bool]

@@ -27,6 +27,8 @@ from sleb_plugins import UnsupportedModelError, UsageError
 
 MARK = "WORDS"
 """Stands for a message, to find a template's text around it."""
+CONVERSATIONS_TASK = "Writing conversations"
+
 QUESTION = "QUESTION"
 """Stands for the question before an answer."""
 
@@ -79,7 +81,7 @@ def write_conversations(
         return written
 
     writing = Writing(
-        title="Writing conversations",
+        title=f"{CONVERSATIONS_TASK} for {plural(settings.samples, 'sequence')}",
         noun="conversation",
         count=SPARE * settings.samples,
         new=length,

@@ -13,6 +13,8 @@ from sleb_cli.engine.text.writing import GIVE_TEXT, Continue, Writing, write_or_
 from sleb_cli.events import Notify
 from sleb_plugins import ModelError
 
+OWN_TEXT_TASK = "Generating calibration text"
+
 
 def generate_own_text(
     model: Any, tokenizer: Any, settings: CalibrationSettings, notify: Notify
@@ -44,7 +46,7 @@ def generate_own_text(
         return [begin + row for row in rows]
 
     writing = Writing(
-        title="Generating calibration text",
+        title=OWN_TEXT_TASK,
         noun="sequence",
         count=count,
         new=new,
