@@ -277,6 +277,7 @@ LENGTH = "sentence_bert_config.json"
         (WHOLE, '"prompts": {}', '"prompts": {"query": 3}', "query is 3"),
         (LENGTH, "48", '"48"', "max_seq_length is '48'"),
         (LENGTH, "48", "-3", "max_seq_length is -3"),
+        (LENGTH, "48", '48, "modality_config": {"message": {}}', "in a chat template"),
     ],
 )
 def test_models_that_cannot_be_read_are_refused(run_sleb, texts, tmp_path, file, old, new, said):

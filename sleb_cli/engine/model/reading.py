@@ -116,6 +116,12 @@ def _read_modules(source: ModelSource) -> Reading:
         )
     settings = _settings_of(source.folder / "sentence_bert_config.json")
     whole = _settings_of(source.folder / "config_sentence_transformers.json")
+    if "message" in (_value(settings, "modality_config", dict, source) or {}):
+        raise UnsupportedModelError(
+            f"{source.id} reads each text in a chat template, which sleb does not write.",
+            hint="If it was trained on plain texts, take `message` out of the modality_config in "
+            "sentence_bert_config.json.",
+        )
     longest = _value(settings, "max_seq_length", int, source)
     if longest is not None and longest < 1:
         raise _broken(source, "max_seq_length", longest)
