@@ -55,6 +55,11 @@ class Order:
         return BLOCKS if self.whole_blocks else f"{self.unit} of each block"
 
     @property
+    def recovered(self) -> str:
+        """What a recovery gives new weights."""
+        return "remaining blocks" if self.whole_blocks else "routers"
+
+    @property
     def caveat(self) -> str | None:
         """What users must know of every model without such parts."""
         if self.whole_blocks:

@@ -297,7 +297,8 @@ class HealRecord(Record):
     generating the text.
 
     Training changes each matrix by one of `rank`, or of half the matrix's own rank if that is
-    lower; of a model that only reads, `rank` is null, as all weights of the blocks change. `losses`
+    lower. `rank` is null if all numbers change: of a model that only reads, and of the routers,
+    which alone change in a model without some experts. `losses`
     are of the best point, kept after `kept_tokens`; `stopped` says what ended the training.
     """
 
@@ -365,7 +366,7 @@ class RecoveryRecord(Record):
     @property
     def is_of_reader(self) -> bool:
         """Whether the losses are distances of a model that only reads."""
-        return self.heal is not None and self.heal.rank is None
+        return self.dense.loss == self.dense.divergence
 
     @property
     def summaries(self) -> list[str]:

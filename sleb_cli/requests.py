@@ -563,7 +563,7 @@ class ApplyRequest(OneSizeRequest):
         "Refit the blocks around each gap to match the dense model, in closed form.", _RECOVERY
     )
     heal: bool = _flag(
-        "Train the remaining blocks to compute what the dense model does.", _RECOVERY
+        "Train the remaining blocks, or routers, to match the dense model.", _RECOVERY
     )
     heal_minutes: float | None = option(
         "Stop healing after this many minutes.",

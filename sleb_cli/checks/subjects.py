@@ -10,7 +10,6 @@ from sleb_cli.plan import Plan, no_plan, read_plan
 from sleb_cli.requests import (
     DEFAULT_PLAN,
     DEMO,
-    RECOVERIES,
     EvalRequest,
     OneSizeRequest,
     SearchRequest,
@@ -21,7 +20,7 @@ from sleb_cli.requests import (
 from sleb_cli.results import EvalResult
 from sleb_plugins import PlanError, SlebError, UsageError
 
-_FOR_BLOCKS = f"{' '.join(RECOVERIES)} device_map"
+_FOR_BLOCKS = "recover device_map"
 """Options that do not suit experts: gaps between blocks are refitted, and accelerate replaces
 routers as they run.
 """

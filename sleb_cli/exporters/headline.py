@@ -34,7 +34,7 @@ def _removal(findings: Findings) -> str:
     were = "was" if count == 1 else "were"
     how = "without training"
     if findings.plan.recovery:
-        how = "and the others were given new weights"
+        how = f"and the {order.recovered} were given new weights"
     share = format_share(count / order.count)
     removed = f"{order.amount(count)} {were} removed ({share}), {how}"
     if findings.sizes:

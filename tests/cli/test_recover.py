@@ -92,7 +92,7 @@ def test_new_values_are_written_proven_and_recorded(
         text_file.name,
         "bitwise equal to those of the recovered model in memory",
         f"| recovered in closed form | {recovered:.2f} |",
-        "the others given new weights",
+        "the remaining blocks given new weights",
     ):
         assert words in card
 

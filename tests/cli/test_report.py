@@ -183,7 +183,7 @@ def test_a_recovered_plan_says_what_came_back(report):
     back = "60% of the lost nats are back; 25% of the divergence from the dense model is left"
     assert where + back in text
     assert "sleb eval plan.json --tasks" in text  # recovered weights have one size
-    assert "the others were given new weights" in text
+    assert "the remaining blocks were given new weights" in text
 
 
 @pytest.mark.parametrize(

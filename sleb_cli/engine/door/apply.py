@@ -63,7 +63,7 @@ def resolve_apply(
         _report_lost_tokens(request, subject, notify)
     if not request.recoveries:
         return partial(apply_removals, subject, output, notify)
-    if not subject.surgery.removals:
+    if not (subject.surgery.removals or "experts" in subject.surgery.other_cuts):
         raise UsageError(
             f"{option_of(request.recoveries[0])} refits the blocks around a gap, but no block is "
             "removed.",

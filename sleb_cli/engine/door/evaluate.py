@@ -313,5 +313,6 @@ def _texts_used(subject: Subject) -> list[tuple[str, CalibrationRecord]]:
     for plan in plans:
         used.append((f"{plan.unit.capitalize()} were chosen", plan.calibration))
         if plan.recovery:
-            used.append(("The remaining blocks were recovered", plan.recovery.train_text))
+            recovered = f"The {plan.order.recovered} were recovered"
+            used.append((recovered, plan.recovery.train_text))
     return used

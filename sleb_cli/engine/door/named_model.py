@@ -12,9 +12,8 @@ from sleb_cli.engine.surgery.subject import Subject, require_same_code, require_
 from sleb_cli.engine.surgery.surgery import Surgery, plan_surgery
 from sleb_cli.engine.third_party import quiet_libraries
 from sleb_cli.events import Notify
-from sleb_cli.plan import CHECKPOINT_PLAN, read_plan
+from sleb_cli.plan import CHECKPOINT_PLAN, Plan, read_plan
 from sleb_cli.plugin_manager import Registry
-from sleb_cli.units import plural
 from sleb_plugins import PlanError, UsageError
 
 
@@ -28,8 +27,8 @@ def plan_surgeries(subject: Subject, sizes: Sequence[int]) -> tuple[Surgery, ...
     most = len(subject.surgery.size_key)
     if subject.compared:
         return ()
-    if subject.recovered and tuple(sizes) != (most,):
-        raise _has_one_size(subject.recovered.source, most)
+    if subject.plan and subject.recovered and tuple(sizes) != (most,):
+        raise _has_one_size(subject.recovered.source, subject.plan, most)
     if not subject.plan and subject.surgery.other_cuts:
         return (subject.surgery,)
     order = subject.order
@@ -67,8 +66,8 @@ def with_recovered(subject: Subject, registry: Registry, notify: Notify) -> Subj
         return subject
     trusts_code = subject.architecture.source.trust_remote_code
     checkpoint = locate_model(str(file.absolute().parent), notify, trust_remote_code=trusts_code)
-    if (count := len(read_plan(file).removals)) != len(plan.removals):
-        raise _has_one_size(checkpoint, count)
+    if (count := len(read_plan(file).largest)) != len(plan.largest):
+        raise _has_one_size(checkpoint, plan, count)
     recovered = read_architecture(checkpoint, registry, notify)
     if recovered.text_config.vocab_size != subject.architecture.text_config.vocab_size:
         raise PlanError(
@@ -79,8 +78,8 @@ def with_recovered(subject: Subject, registry: Registry, notify: Notify) -> Subj
     return replace(subject, other=recovered)
 
 
-def _has_one_size(checkpoint: ModelSource, count: int) -> UsageError:
+def _has_one_size(checkpoint: ModelSource, plan: Plan, size: int) -> UsageError:
     return UsageError(
-        f"{checkpoint.id} was recovered without {plural(count, 'block')}, and has no other size.",
+        f"{checkpoint.id} was recovered without {plan.order.amount(size)}, and has no other size.",
         hint="Leave out --remove and --every, or name the plan of the search.",
     )

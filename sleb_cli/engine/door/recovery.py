@@ -13,9 +13,10 @@ from sleb_cli.engine.files.tensors import float_dtypes
 from sleb_cli.engine.forward.memory_needs import model_bytes
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.memory import memory_shortage
+from sleb_cli.engine.model.experts import find_experts
 from sleb_cli.engine.output.checkpoint import Output
 from sleb_cli.engine.recovery.closed_form import ClosedForm
-from sleb_cli.engine.recovery.heal import Heal, HealReader
+from sleb_cli.engine.recovery.heal import Heal, HealReader, HealRouters
 from sleb_cli.engine.recovery.heal_budget import HealBudget
 from sleb_cli.engine.recovery.saved_state import begun_dtype, saved_bytes
 from sleb_cli.engine.recovery.stage import HIDDEN_STATES, RecoverySettings, Stage
@@ -75,7 +76,7 @@ def resolve_recovery(
     # says.
     written = [output.dtype] if output.dtype else float_dtypes(architecture.source.weights)
     stored = min([*written, target], key=lambda dtype: dtype.itemsize)
-    stages = _stages(request, HealReader if architecture.reading else Heal)
+    stages = _stages(request, subject)
 
     # An unfinished recovery goes on in the data type that it began in.
     dtype = begun_dtype(output.path, dtype_name(stored)) or AUTO
@@ -96,7 +97,7 @@ def resolve_recovery(
     )
 
 
-def _stages(request: ApplyRequest, heal: type[Heal]) -> tuple[Stage, ...]:
+def _stages(request: ApplyRequest, subject: Subject) -> tuple[Stage, ...]:
     stages: list[Stage] = []
     if request.recover:
         stages.append(ClosedForm())
@@ -104,7 +105,13 @@ def _stages(request: ApplyRequest, heal: type[Heal]) -> tuple[Stage, ...]:
         minutes = request.heal_minutes
         if minutes is None and request.heal_tokens is None:
             minutes = DEFAULT_HEAL_MINUTES
-        stages.append(heal(HealBudget(minutes, request.heal_tokens)))
+        budget = HealBudget(minutes, request.heal_tokens)
+        if "experts" in subject.surgery.other_cuts:
+            stages.append(HealRouters(budget, find_experts(subject.architecture).router))
+        elif subject.architecture.reading:
+            stages.append(HealReader(budget))
+        else:
+            stages.append(Heal(budget))
     return tuple(stages)
 
 

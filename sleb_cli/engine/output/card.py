@@ -17,7 +17,7 @@ from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.measured import of_size
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.names import public_source
-from sleb_cli.order import SizeKey
+from sleb_cli.order import Order, SizeKey
 from sleb_cli.plan import CHECKPOINT_PLAN, Plan, RecoveryRecord, SampleGeneration
 from sleb_cli.records import OutputKind, Proof
 from sleb_cli.results import ApplyResult, BenchResult, EvalResult
@@ -87,7 +87,7 @@ def model_card(
     if subject.own_plan and subject.own_plan.sample_generation:
         lines += _sample_generation(subject.own_plan.sample_generation)
     if recovery:
-        lines += _recovery(recovery)
+        lines += _recovery(subject.order, recovery)
     lines += _proof(written.proof)
     if written.model.output:
         lines += _for_readers(source, written.model.output, subject.surgery.name)
@@ -110,8 +110,10 @@ def _for_readers(source: ModelSource, output: OutputKind, name: str) -> list[str
 def _removal(subject: Subject, recovery: RecoveryRecord | None) -> list[str]:
     made = f"- Made by sleb {__version__}"
     removals, plan = subject.surgery.removals, subject.plan
+    how = "no training"
+    if recovery:
+        how = f"the {subject.order.recovered} given new weights"
     if removals:
-        how = "no training" if recovery is None else "the others given new weights"
         numbers = ", ".join(map(str, removals))
         return [
             f"- Blocks removed, in order, numbered from 0 in the base model: {numbers}",
@@ -121,7 +123,7 @@ def _removal(subject: Subject, recovery: RecoveryRecord | None) -> list[str]:
     if plan is None or plan.order.whole_blocks:
         return [made]
     return [
-        f"{made}: {plan.unit} removed, no training (`{CHECKPOINT_PLAN}` has those that went, and "
+        f"{made}: {plan.unit} removed, {how} (`{CHECKPOINT_PLAN}` has those that went, and "
         f"every score)",
         f"- {plan.unit.capitalize()} chosen by {in_markdown(plan.search.metric)} on "
         f"{in_markdown(str(plan.calibration.published()))}",
@@ -314,11 +316,11 @@ def _sample_generation(sample: SampleGeneration) -> list[str]:
     return [*lines, "```"]
 
 
-def _recovery(recovery: RecoveryRecord) -> list[str]:
+def _recovery(order: Order, recovery: RecoveryRecord) -> list[str]:
     published = recovery.published()
     text = in_markdown(str(published.train_text))
     about = (
-        f"The remaining blocks were given new weights on {text}, to bring the model closer to the "
+        f"The {order.recovered} were given new weights on {text}, to bring the model closer to the "
         f"base model."
     )
     return ["", about, *_table(search_results.recovery(published))]

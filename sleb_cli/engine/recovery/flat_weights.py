@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,11 @@ class FlatWeights:
         """Update the weights after a change of `values`."""
 
 
+def root_mean_square(weight: Tensor) -> float:
+    """Return the size of a weight's entries."""
+    return float(weight.detach().float().pow(2).mean().sqrt())
+
+
 class WholeWeights(FlatWeights):
     """All numbers of some float32 parameters, which become views of the flat tensor."""
 
@@ -77,3 +83,47 @@ class WholeWeights(FlatWeights):
             weight.data = values.copy_(weight.data)
             weight.requires_grad_(True)
             weight.grad = gradient  # to which passes add
+
+
+@dataclass(frozen=True)
+class _Relative:
+    """The change `scale` * `values` to a weight."""
+
+    weight: nn.Parameter
+    original: Tensor
+    scale: float
+    values: Tensor
+    gradient: Tensor
+
+    def take_gradient(self, weight: nn.Parameter) -> None:
+        assert weight.grad is not None
+        self.gradient.add_(weight.grad, alpha=self.scale)
+        weight.grad = None
+
+
+class RelativeWeights(FlatWeights):
+    """Changes to all numbers of some weights, in steps relative to the size of each weight.
+
+    The weights hold their sums with the originals, rounded to `stored`, so the measured weights are
+    the written ones. At first every change is 0.
+    """
+
+    def __init__(self, weights: Sequence[nn.Parameter], stored: torch.dtype) -> None:
+        super().__init__(sum(weight.numel() for weight in weights), weights[0].device)
+        self._stored = stored
+        self._changes: list[_Relative] = []
+        for weight in weights:
+            original = weight.data
+            weight.data = original.clone()
+            scale = root_mean_square(original) or 1.0  # a bias may be 0
+            change = _Relative(weight, original, scale, *self._take(*weight.shape))
+            weight.requires_grad_(True)
+            weight.register_post_accumulate_grad_hook(change.take_gradient)  # type: ignore[no-untyped-call]
+            self._changes.append(change)
+
+    @torch.no_grad()
+    def write_weights(self) -> None:
+        """Update the weights after a change of `values`."""
+        for change in self._changes:
+            changed = change.original + change.scale * change.values
+            change.weight.copy_(changed.to(self._stored))

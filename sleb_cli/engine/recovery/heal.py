@@ -1,9 +1,10 @@
-"""`sleb apply --heal`: train the kept blocks towards the dense model, within a budget."""
+"""`sleb apply --heal`: train what stays towards the dense model, within a budget."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.recovery.distillation import Distillation
-from sleb_cli.engine.recovery.flat_weights import FlatWeights, WholeWeights
+from sleb_cli.engine.recovery.flat_weights import FlatWeights, RelativeWeights, WholeWeights
 from sleb_cli.engine.recovery.heal_budget import HealBudget
 from sleb_cli.engine.recovery.low_rank import RANK, LowRank, trained_numbers
 from sleb_cli.engine.recovery.outputs import OutputSet
@@ -65,8 +66,7 @@ class Heal(Stage):
     def needed_bytes(self, surgery: Surgery, dtype: torch.dtype, tokens: int) -> dict[str, int]:
         """Return the bytes of the trained weights, and of the training's state."""
         # Both models share the original values, and all else.
-        blocks = kept_blocks(surgery)
-        weights = sum(parameter.numel() for block in blocks for parameter in block.parameters())
+        weights = sum(math.prod(shape) for shape, _ in self._may_train(surgery))
         state = self._max_trained_numbers(surgery) * TRAINING_BYTES
         return {"the trained weights": weights * dtype.itemsize, "the state of training": state}
 
@@ -80,14 +80,15 @@ class Heal(Stage):
         """Distill the dense model into the pruned one with these values."""
         architecture = job.settings.surgery.architecture
         names = architecture.block_names(job.settings.surgery.kept)
-        model, parameters = _student(job, values)
+        model, simulated = self.student(job)
+        parameters = _give_values(job, model, values)
         blocks = architecture.blocks_of(model)
-        with SkippableModel(model, blocks, ending=job.dense.ending) as pruned:
+        with SkippableModel(model, blocks, ending=job.dense.ending) as pruned, simulated:
             first = self.first_trained(job, pruned, values)
             weights: dict[str, nn.Parameter] = {}
             for name, parameter in parameters.items():
-                block = names.block_of(name) or 0
-                if block >= first and self.trained_numbers(parameter.shape):
+                block, inner = names.split(name)
+                if (block or 0) >= first and self.trained_numbers(inner, parameter.shape):
                     weights[name] = parameter
             trained = self.trained(job, list(weights.values()))
             texts = self.texts(job, pruned, first)
@@ -136,8 +137,15 @@ class Heal(Stage):
         }
         return f"healing {name_of(depends)[:DIGITS]}"
 
-    def trained_numbers(self, shape: Sequence[int]) -> int:
-        """Count the numbers that are trained for a weight of this shape."""
+    def student(self, job: Job) -> tuple[Any, AbstractContextManager[object]]:
+        """Return the model to train, and the context in which it computes as the pruned one."""
+        settings = job.settings
+        dense = job.dense.model
+        model = load_pruned(settings.surgery, settings.placement, job.notify, dense=dense)
+        return model, nullcontext()
+
+    def trained_numbers(self, name: str, shape: Sequence[int]) -> int:
+        """Count the numbers that are trained for a weight of this name in its block."""
         return trained_numbers(shape)
 
     def first_trained(self, job: Job, pruned: SkippableModel, values: Mapping[str, Tensor]) -> int:
@@ -158,12 +166,18 @@ class Heal(Stage):
         return LanguageSet(job, Distillation(Variant(job.dense), Variant(pruned), first))
 
     def _max_trained_numbers(self, surgery: Surgery) -> int:
+        return sum(numbers for _, numbers in self._may_train(surgery))
+
+    def _may_train(self, surgery: Surgery) -> list[tuple[Sequence[int], int]]:
+        """Return the shape of each weight that may be trained, and its trained numbers."""
         # Blocks well before the gap are not trained.
-        total = 0
+        weights = []
         for block in kept_blocks(surgery):
-            for parameter in block.parameters():
-                total += self.trained_numbers(parameter.shape)
-        return total
+            for name, parameter in block.named_parameters():
+                numbers = self.trained_numbers(name, parameter.shape)
+                if numbers:
+                    weights.append((parameter.shape, numbers))
+        return weights
 
 
 @dataclass(frozen=True)
@@ -173,7 +187,7 @@ class HealReader(Heal):
     rate: ClassVar[float] = 1e-4
     rank: ClassVar[int | None] = None
 
-    def trained_numbers(self, shape: Sequence[int]) -> int:
+    def trained_numbers(self, name: str, shape: Sequence[int]) -> int:
         """Count the numbers of a weight."""
         return math.prod(shape)
 
@@ -191,6 +205,38 @@ class HealReader(Heal):
 
 
 @dataclass(frozen=True)
+class HealRouters(Heal):
+    """Training of routers, so that they choose among the experts that stay.
+
+    Attributes:
+        routers: the names of their tensors in a block.
+    """
+
+    routers: Collection[str]
+    rate: ClassVar[float] = 3e-2
+    rank: ClassVar[int | None] = None
+
+    def student(self, job: Job) -> tuple[Any, AbstractContextManager[object]]:
+        """Return a second dense model on the same weights, whose routers choose no removed one."""
+        surgery = job.settings.surgery
+        whole = Surgery(surgery.architecture)
+        model = load_pruned(whole, job.settings.placement, job.notify, dense=job.dense.model)
+        return model, surgery.simulate(model)
+
+    def trained_numbers(self, name: str, shape: Sequence[int]) -> int:
+        """Count the numbers of a router's weight, with those of experts that go."""
+        return math.prod(shape) if name in self.routers else 0
+
+    def first_trained(self, job: Job, pruned: SkippableModel, values: Mapping[str, Tensor]) -> int:
+        """Begin at the first block: most have experts."""
+        return 0
+
+    def trained(self, job: Job, weights: Sequence[nn.Parameter]) -> FlatWeights:
+        """Make the numbers that move these weights."""
+        return RelativeWeights(weights, job.settings.stored)
+
+
+@dataclass(frozen=True)
 class _EndedTraining:
     """A training that has ended."""
 
@@ -200,11 +246,10 @@ class _EndedTraining:
     stopped: Literal["budget", "patience"]
 
 
-def _student(job: Job, values: Mapping[str, Tensor]) -> tuple[Any, dict[str, nn.Parameter]]:
-    """Return the pruned model with these values, and its blocks' parameters by dense names."""
+def _give_values(job: Job, model: Any, values: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Give the student these values; return its blocks' parameters by dense names."""
     surgery = job.settings.surgery
     path = surgery.architecture.adapter.blocks_path
-    model = load_pruned(surgery, job.settings.placement, job.notify, dense=job.dense.model)
     blocks = surgery.architecture.blocks_of(model)
     parameters: dict[str, nn.Parameter] = {}
     for block, old in zip(blocks, surgery.kept.blocks, strict=True):
@@ -216,7 +261,7 @@ def _student(job: Job, values: Mapping[str, Tensor]) -> tuple[Any, dict[str, nn.
         parameter = parameters[name] if name in parameters else model.get_parameter(name)
         # A copy, so that the dense model's own value stays.
         parameter.data = value.to(parameter.device, parameter.dtype, copy=True)
-    return model, parameters
+    return parameters
 
 
 def _first_trained(job: Job, pruned: SkippableModel, values: Mapping[str, Tensor]) -> int:

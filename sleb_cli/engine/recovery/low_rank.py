@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sleb_cli.engine.recovery.flat_weights import FlatWeights
+from sleb_cli.engine.recovery.flat_weights import FlatWeights, root_mean_square
 
 RANK = 64
 REFERENCE_SIZE = 0.19
@@ -37,9 +37,8 @@ def _scale_of(weight: Tensor) -> float:
     # A step of Adam moves each trained entry by about the learning rate, whatever its gradient.
     # Families differ by more than ten times in the size of their weights, so steps are made
     # relative to the sizes of W and of its inputs.
-    root_mean_square = float(weight.detach().float().pow(2).mean().sqrt())
     input_size = math.sqrt(weight.shape[-1]) * INITIAL
-    return root_mean_square / REFERENCE_SIZE / input_size
+    return root_mean_square(weight) / REFERENCE_SIZE / input_size
 
 
 @dataclass(frozen=True)

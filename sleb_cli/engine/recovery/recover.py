@@ -75,10 +75,12 @@ def recover(settings: RecoverySettings, notify: Notify) -> Recovered:
         values: dict[str, Tensor] = {}
         fields: dict[str, Any] = {}
         measurements.add("dense", "dense", measurements.dense)
-        measurements.add("pruned", "pruned", Variant(dense, surgery.removed))
+        with surgery.simulate(dense.model):
+            measurements.add("pruned", "pruned", Variant(dense, surgery.removed))
         for stage in settings.stages:
             values, done = stage.run(job, values)
-            measurements.add(stage.key, stage.model, Variant(dense, surgery.removed, values))
+            with surgery.simulate(dense.model):
+                measurements.add(stage.key, stage.model, Variant(dense, surgery.removed, values))
             fields |= stage.fields(done, measurements.losses[0][stage.key])
         if conversations:
             fields["conversations"] = ConversationsRecord(
@@ -154,6 +156,7 @@ def _find_state(
         stored=dtype_name(settings.stored),
         rounded=dtype_name(placement.rounded) if placement.rounded else None,
         removed=sorted(surgery.removed),
+        others=surgery.other_cuts,
         texts=[_text_key(train), _text_key(validation)],
         chat=settings.splits[0].chat,
     )

@@ -149,7 +149,9 @@ def load_pruned(
     """
     architecture = surgery.architecture
     source = architecture.source
-    pruned = f"{source.id} without {surgery.description}"
+    pruned = source.id
+    if surgery.cuts:
+        pruned += f" without {surgery.description}"
     with task(notify, f"Loading {pruned}"), explain_oom(source, placement):
         # Packed weights are taken apart by the code that loads them.
         if dense is not None and not architecture.is_quantized:
