@@ -104,7 +104,7 @@ FIRST = [
     ("apply experts.json --remove 1", 2, "has 2 groups of experts"),
     ("export experts.json --to mergekit", 2, "describes a removal of blocks"),
     ("eval experts.json --experts-per-token 1", 2, "--experts-per-token does not apply to"),
-    ("apply experts.json --heal", 2, "--heal does not apply"),
+    ("apply experts.json --heal --stream", 2, "cannot be combined: healing trains"),
     ("apply experts.json --device-map auto", 2, "--device-map does not apply"),
     ("export experts.json --to indices", 2, "removes experts"),
     ("export experts.json --to llama-quantize", 2, "removes experts"),

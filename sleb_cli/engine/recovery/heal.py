@@ -171,7 +171,7 @@ class Heal(Stage):
     def _may_train(self, surgery: Surgery) -> list[tuple[Sequence[int], int]]:
         """Return the shape of each weight that may be trained, and its trained numbers."""
         # Blocks well before the gap are not trained.
-        weights = []
+        weights: list[tuple[Sequence[int], int]] = []
         for block in kept_blocks(surgery):
             for name, parameter in block.named_parameters():
                 numbers = self.trained_numbers(name, parameter.shape)
