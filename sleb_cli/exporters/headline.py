@@ -1,9 +1,15 @@
 """The findings in a few plain sentences."""
 
+from collections.abc import Sequence
+
 from sleb_cli.exporters.findings import Findings
-from sleb_cli.tables.quality import by_use, retention, verdict
+from sleb_cli.exporters.lines import Line, kept_line, speed_line, text_line
+from sleb_cli.results import CorpusResult, TaskResult
+from sleb_cli.tables.quality import KEPT, LOST, by_use, retention, verdict
 from sleb_cli.tables.search_results import collapse_warnings
-from sleb_cli.units import format_count, format_share, plural
+from sleb_cli.tables.speed import workload_name
+from sleb_cli.tables.table import WORKLOADS, Column, Table, model_name, tabulate
+from sleb_cli.units import format_count, format_perplexity, format_share, plural
 
 
 def sentences(findings: Findings) -> list[str]:
@@ -44,17 +50,75 @@ def _removal(findings: Findings) -> str:
     return f"{removed}."
 
 
+def uses(findings: Findings) -> dict[str, Sequence[TaskResult | CorpusResult]]:
+    """Group what was measured by kind of use; each measure of a corpus is one."""
+    by_name: dict[str, Sequence[TaskResult | CorpusResult]] = {**by_use(findings.tasks)}
+    for corpus in findings.corpora:
+        by_name[corpus.measure] = [corpus]
+    return by_name
+
+
 def verdicts(findings: Findings) -> list[str]:
-    """Judge the plan's size for each kind of use."""
+    """Say what the plan's size is worth it for, and judge it for each kind of use."""
+    judged = _judge(findings)
+    worth = []
+    not_worth = []
+    for use, words in judged.items():
+        if words == KEPT:
+            worth.append(use)
+        elif words.endswith(LOST):
+            not_worth.append(use)
+    for result, timing in findings.main_workloads:
+        if timing.interval:
+            faster = timing.interval.low > 1
+            names = worth if faster else not_worth
+            names.append(f"{workload_name(result)} ({timing.speedup:.2f}x)")
+    sides = []
+    if worth:
+        sides.append(f"worth it for {', '.join(worth)}")
+    if not_worth:
+        sides.append(f"not worth it for {', '.join(not_worth)}")
     lines = []
-    for use, tasks in by_use(findings.tasks).items():
-        share = retention(tasks, findings.plan.largest)
-        if share:
-            kept_share, interval = share
-            words = verdict(kept_share, interval)
-            if words:
-                lines.append(f"For {use}: {words}.")
+    if sides:
+        lines.append(f"This size is {'; '.join(sides)}.")
+    for use, words in judged.items():
+        lines.append(f"For {use}: {words}.")
     return lines
+
+
+def _judge(findings: Findings) -> dict[str, str]:
+    """Judge the plan's size for each kind of use that has enough items for an interval."""
+    judged = {}
+    for use, results in uses(findings).items():
+        share = retention(results, findings.plan.largest)
+        if share and share[1]:
+            judged[use] = verdict(*share)
+    return judged
+
+
+def every_size(findings: Findings) -> Table:
+    """List the main numbers of each measured size."""
+    columns: list[Column] = [("model", str)]
+    lines: list[Line] = []
+    for name, text in zip(findings.text_names, findings.texts, strict=True):
+        columns.append((f"perplexity, {name}", format_perplexity))
+        lines.append(text_line(name, text))
+    for use, results in uses(findings).items():
+        columns.append((f"kept, {use}", format_share))
+        lines.append(kept_line(findings.plan, use, results))
+    for result, _ in findings.main_workloads:
+        columns.append((workload_name(result), "{:.2f}x".format))
+        lines.append(speed_line(result))
+    rows = []
+    for key in ((), *findings.plan.size_keys):
+        row: list[str | float | None] = [model_name(key)]
+        for line in lines:
+            value, _ = line.values.get(len(key), (None, None))
+            row.append(value)
+        if any(row[1:]):
+            rows.append(row)
+    notes = [WORKLOADS] if findings.main_workloads else []
+    return tabulate("Every measured size", columns, rows, notes)
 
 
 def warnings(findings: Findings) -> list[str]:

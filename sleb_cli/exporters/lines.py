@@ -4,7 +4,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from sleb_cli.exporters.findings import Findings
 from sleb_cli.plan import Plan
 from sleb_cli.results import CorpusResult, Interval, TaskResult, TextResult, WorkloadResult
 from sleb_cli.tables.quality import Estimate, perplexity_change, retention
@@ -99,14 +98,14 @@ def mean_line(plan: Plan, tasks: Sequence[TaskResult]) -> Line:
     return Line(MEAN, values, MEAN)
 
 
-def accuracy_line(findings: Findings) -> Line:
-    """Return the share of the dense model's accuracy that is kept."""
+def kept_line(plan: Plan, name: str, results: Sequence[TaskResult | CorpusResult]) -> Line:
+    """Return the share of the dense model's mean score that is kept."""
     values: dict[int, Estimate] = {0: (1.0, None)}
-    for key in findings.plan.size_keys:
-        estimate = findings.retention(key)
+    for key in plan.size_keys:
+        estimate = retention(results, key)
         if estimate:
             values[len(key)] = estimate
-    return Line("accuracy", values)
+    return Line(name, values)
 
 
 def speed_line(result: WorkloadResult) -> Line:

@@ -41,6 +41,10 @@ Estimate = tuple[float, Interval | None]
 ENOUGH = 0.95
 """The share of the dense model's scores that counts as kept."""
 
+KEPT = "kept"
+LOST = "lost"
+"""Verdicts that allow no doubt; the share that is lost stands before it."""
+
 _MAX_POSSIBLE_LOSS = 0.25
 """If the interval allows a greater loss, there were too few items to tell."""
 
@@ -313,7 +317,7 @@ def by_use(tasks: Iterable[TaskResult]) -> dict[str, list[TaskResult]]:
     return uses
 
 
-def retention(tasks: Sequence[TaskResult], removals: SizeKey) -> Estimate | None:
+def retention(tasks: Sequence[TaskResult | CorpusResult], removals: SizeKey) -> Estimate | None:
     """Return the mean score as a share of the dense model's; None if a task lacks this size."""
     dense = 0.0
     differences = []
@@ -366,9 +370,9 @@ def verdict(share: float, interval: Interval | None) -> str:
     if interval is None:
         return ""
     if interval.low >= ENOUGH:
-        return "kept"
+        return KEPT
     if interval.high < 1:
-        return f"{1 - share:.0%} lost"
+        return f"{1 - share:.0%} {LOST}"
     possible_loss = 1 - interval.low
     if possible_loss < _MAX_POSSIBLE_LOSS:
         return f"no loss shown, at most {possible_loss:.0%}"

@@ -21,6 +21,11 @@ PERPLEXITY = (
 )
 """The note of a table that may be the first to use both words."""
 
+WORKLOADS = (
+    "prompt 1x512: one prompt of 512 tokens; generation 4x64+32: four at once, 32 new tokens."
+)
+"""The note of a table that may be the first to name a workload."""
+
 
 @dataclass(frozen=True)
 class Table:

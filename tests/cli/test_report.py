@@ -89,7 +89,7 @@ def test_a_report_is_one_accessible_file_with_every_number(report):
     evaluation, benchmark = make_evaluation(plan, items=200), make_benchmark(plan)
     page = report(plan, evaluation=evaluation, benchmark=benchmark)
     assert len(page.html.encode()) < 1_000_000
-    assert len(page.pictures) == 4
+    assert len(page.pictures) == 5
     assert all(source.startswith("data:image/svg+xml,") for source in page.values("src"))
     assert all(len(words) > 30 for words in page.values("alt"))
     assert not re.search(r"@import|<script|url\((?!%23)", page.html)  # within a picture, by an id
@@ -100,7 +100,10 @@ def test_a_report_is_one_accessible_file_with_every_number(report):
     ids = page.values("id")
     assert len(ids) == len(set(ids))
     assert set(page.values("href")) <= {f"#{name}" for name in ids}
-    assert page.tags.count("table") == page.tags.count("caption") > 8
+    assert page.tags.count("table") == page.tags.count("caption") > 9
+    narrow = page.values("srcset")
+    assert len(narrow) == len(page.pictures)
+    assert not any(" " in source for source in narrow)  # which would end it
     assert page.tags.count("th") == len(re.findall('<th scope="(?:col|row)"', page.html))
     numbers = numbers_of(plan, evaluation, benchmark)
     assert [number for number in numbers if f" {number} " not in page.text] == []
@@ -234,7 +237,17 @@ def test_the_headline_judges_each_kind_of_use(report):
     plan = make_plan(8, 3)
     evaluation = make_evaluation(plan, every=1, tasks=("piqa", "sleb_sums"))
     evaluation = changed(evaluation, lambda data: data["tasks"][0].update(use="choosing"))
-    text = report(plan, evaluation=evaluation).text
+    text = report(plan, evaluation=evaluation, benchmark=make_benchmark(plan)).text
+    assert re.search(
+        r"This size is worth it for generation 8x64\+32 \(1\.\d\dx\), prompt 1x512", text
+    )
+    assert "; not worth it for choosing an answer, canaries." in text
+    table = text.partition("Every measured size")[2].partition("prompt 1x512: one")[0]
+    perplexities = [evaluation.texts[0].dense, *evaluation.texts[0].pruned]
+    for model, scores in zip(
+        ("dense", "without 1", "without 2", "without 3"), perplexities, strict=True
+    ):
+        assert f" {model} {format_perplexity(scores.perplexity)} " in table
     for use, task in zip(("choosing an answer", "canaries"), evaluation.tasks, strict=True):
         assert f"For {use}: {1 - task.pruned[2].retention:.0%} lost." in text
 

@@ -68,11 +68,17 @@ def test_a_page_fits_its_screen_and_scheme_and_prints(open_page, width, scheme):
     page = open_page(width, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     pictures = page.locator("figure img:visible")
-    assert pictures.count() == page.locator("figure h3").count() == 4
+    assert pictures.count() == page.locator("figure h3").count() == 5
+    drawn = 840 if width > 620 else 380
     for picture in pictures.all():
         assert picture.evaluate("image => image.naturalWidth") > 0
-        # A phone scrolls pictures sideways rather than making their words too small.
-        assert picture.bounding_box()["width"] >= 640
+        assert picture.bounding_box()["width"] <= width
+        # A phone gets a narrow picture, whose words are as large.
+        assert picture.bounding_box()["width"] > 0.85 * drawn
+    tables = page.locator(".scroll")
+    for table in tables.all():
+        assert table.bounding_box()["width"] <= width
+        assert "gradient" in table.evaluate("table => getComputedStyle(table).backgroundImage")
     colours = page.evaluate(
         "(style => [style.backgroundColor, "
         "style.color])(getComputedStyle(document.documentElement))"

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 WIDTH = 840
 """In points, one of which is a CSS pixel in a page."""
+NARROW = 380
+"""For phones."""
 
 # The palette of Okabe and Ito, safe for any colour vision.
 INK = "#1b1f25"
@@ -35,12 +37,13 @@ _MAX_TICKS = 20
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture to draw; `height` is in points."""
+    """A picture to draw; `height` is in points, where its panels stand in one row."""
 
     title: str
     caption: str
     height: float
     draw: Callable[[Figure], None]
+    panels: int = 1
 
 
 def require_extra() -> None:
@@ -59,7 +62,12 @@ def require_extra() -> None:
         ) from error
 
 
-def render_svg(plot: Plot) -> bytes:
+def is_narrow(figure: Figure) -> bool:
+    """Whether a picture is drawn for a phone, with one panel above the other."""
+    return bool(figure.get_figwidth() * 72 < WIDTH)
+
+
+def render_svg(plot: Plot, width: float = WIDTH) -> bytes:
     """Draw a picture as an SVG file."""
     from matplotlib import style
     from matplotlib.figure import Figure
@@ -69,7 +77,8 @@ def render_svg(plot: Plot) -> bytes:
     with style.context(["default", our_style]), warnings.catch_warnings():
         # A model's name may hold any character.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = Figure(figsize=(WIDTH / 72, plot.height / 72), dpi=72, layout="constrained")
+        height = plot.height * (plot.panels if width < WIDTH else 1)
+        figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
         plot.draw(figure)
         metadata = {"Title": plot.title, "Description": plot.caption, "Date": None, "Creator": None}
         file = io.BytesIO()

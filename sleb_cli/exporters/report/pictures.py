@@ -1,4 +1,4 @@
-"""The four pictures of a report."""
+"""The pictures of a report."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from textwrap import fill
 from typing import TYPE_CHECKING
 
 from sleb_cli.exporters.findings import Findings
+from sleb_cli.exporters.headline import uses
 from sleb_cli.exporters.lines import (
     Line,
-    accuracy_line,
     changes,
     distance_lines,
+    kept_line,
     search_lines,
     speed_line,
     text_line,
@@ -27,9 +28,12 @@ from sleb_cli.exporters.report.drawing import (
     draw_dense,
     draw_series,
     error_bars,
+    is_narrow,
     set_whole_ticks,
 )
 from sleb_cli.plan import Plan
+from sleb_cli.results import CorpusResult, TaskResult
+from sleb_cli.tables.quality import main_tasks
 from sleb_cli.tables.search_results import DISTANCES
 
 if TYPE_CHECKING:
@@ -65,7 +69,9 @@ def trade_plot(findings: Findings) -> Plot | None:
     if not findings.main_workloads:
         return None
     speed = speed_line(findings.main_workloads[0][0])
-    measured = {_CHANGE: text_changes(findings), _KEPT: [accuracy_line(findings)]}
+    tasks = [task for task, _ in findings.accuracy_tasks]
+    accuracy = kept_line(findings.plan, "accuracy", tasks)
+    measured = {_CHANGE: text_changes(findings), _KEPT: [accuracy]}
     panels = {}
     for quality, lines in measured.items():
         timed = [line for line in lines if len(_timed_sizes(line, speed)) > 1]
@@ -77,7 +83,7 @@ def trade_plot(findings: Findings) -> Plot | None:
         f"Each point is a size, named by the {findings.plan.unit} removed; bars are 95% intervals."
     )
     draw = partial(_draw_trade, panels, speed)
-    return Plot("Quality against measured speed", caption, 290, draw)
+    return Plot("Quality against measured speed", caption, 290, draw, panels=len(panels))
 
 
 def _timed_sizes(line: Line, speed: Line) -> list[int]:
@@ -86,7 +92,8 @@ def _timed_sizes(line: Line, speed: Line) -> list[int]:
 
 
 def _draw_trade(panels: Mapping[str, Sequence[Line]], speed: Line, figure: Figure) -> None:
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    across = 1 if is_narrow(figure) else len(panels)
+    axes = figure.subplots(len(panels) // across, across, squeeze=False).flat
     for axis, (quality, lines) in zip(axes, panels.items(), strict=True):
         for number, line in enumerate(lines):
             sizes = _timed_sizes(line, speed)
@@ -115,7 +122,34 @@ def _name_sizes(axis: Axes, line: Line, speed: Line, offset: tuple[int, int]) ->
     stride = math.ceil(len(sizes) / _MAX_LABELS)
     for size in sizes[::-1][::stride]:
         point = (speed.values[size][0], line.values[size][0])
-        axis.annotate(f"−{size}", point, offset, textcoords="offset points", fontsize=10)
+        axis.annotate(f"without {size}", point, offset, textcoords="offset points", fontsize=10)
+
+
+def tasks_plot(findings: Findings) -> Plot | None:
+    """Plot the share of the dense model's score that is kept by size, of each task or use."""
+    measured: dict[str, Sequence[TaskResult | CorpusResult]] = {}
+    for task in main_tasks(findings.tasks):
+        measured[task.task] = [task]
+    if not 0 < len(measured) <= _MAX_WORKLOADS:
+        measured = uses(findings)
+    lines = []
+    for name, results in measured.items():
+        line = kept_line(findings.plan, name, results)
+        if len(line.values) > 1:
+            lines.append(line)
+    if not lines:
+        return None
+    unit = findings.plan.unit
+    caption = "A share of the dense model's score; bars are 95% intervals of the paired difference."
+    return Plot(f"Scores kept by {unit} removed", caption, 280, partial(_draw_kept, lines, unit))
+
+
+def _draw_kept(lines: Sequence[Line], unit: str, figure: Figure) -> None:
+    axis = figure.add_subplot()
+    draw_by_size(axis, lines)
+    axis.set_xlabel(f"{unit} removed")
+    _label_shares(axis, "score kept")
+    axis.legend(loc="lower left")
 
 
 def perplexity_plot(findings: Findings) -> Plot | None:
@@ -198,7 +232,7 @@ def _draw_speedups(lines: Sequence[Line], plan: Plan, figure: Figure) -> None:
         ratios = [blocks / (blocks - size) for size in sizes]
         axis.plot(sizes, ratios, "--", color=MUTED, linewidth=1, label="ratio of the blocks")
     axis.set(xlabel=f"{plan.unit} removed", ylabel="times as fast")
-    figure.legend(loc="outside upper left", ncols=3)
+    figure.legend(loc="outside upper left", ncols=1 if is_narrow(figure) else 3)
 
 
 def search_plot(plan: Plan) -> Plot | None:

@@ -1,10 +1,11 @@
 """Export a report: one HTML page that needs no network and no script."""
 
+from functools import partial
 from urllib.parse import quote
 
 from sleb_cli.exporters.findings import Findings, read_comparison, read_findings
-from sleb_cli.exporters.headline import sentences, verdicts, warnings
-from sleb_cli.exporters.report.drawing import Plot, render_svg, require_extra
+from sleb_cli.exporters.headline import every_size, sentences, verdicts, warnings
+from sleb_cli.exporters.report.drawing import NARROW, WIDTH, Plot, render_svg, require_extra
 from sleb_cli.exporters.report.sections import sections
 from sleb_cli.tables.comparison import comparison_tables, conclusions
 from sleb_cli.tables.quality import perplexity_change
@@ -41,6 +42,7 @@ class Report(Exporter):
             loader=jinja2.PackageLoader("sleb_cli.exporters.report", ""),
         )
         environment.filters["picture"] = _to_url
+        environment.filters["narrow_picture"] = partial(_to_url, width=NARROW)
         comparison = read_comparison(pruning)
         if comparison:
             page: str = environment.get_template("comparison.html.j2").render(
@@ -56,7 +58,8 @@ class Report(Exporter):
             plan=findings.plan,
             findings=findings,
             cards=cards(findings),
-            sentences=sentences(findings) + verdicts(findings),
+            sentences=verdicts(findings) + sentences(findings),
+            every_size=every_size(findings),
             warnings=warnings(findings),
             sections=sections(findings),
             sample_rows=sample_rows(sample) if sample else [],
@@ -64,9 +67,9 @@ class Report(Exporter):
         return text
 
 
-def _to_url(plot: Plot) -> str:
-    # As text in a data URL, an SVG is shorter than in base64.
-    return quote(render_svg(plot), safe=" !$()*+,/:;=?@[]^{|}~")
+def _to_url(plot: Plot, width: float = WIDTH) -> str:
+    # As text in a data URL, an SVG is shorter than in base64. A list of images ends at a space.
+    return quote(render_svg(plot, width), safe="!$()*+,/:;=?@[]^{|}~")
 
 
 def cards(findings: Findings) -> list[tuple[str, str, str]]:

@@ -10,6 +10,7 @@ from sleb_cli.exporters.report.pictures import (
     perplexity_plot,
     search_plot,
     speed_plot,
+    tasks_plot,
     trade_plot,
 )
 from sleb_cli.plan import SampleGeneration
@@ -47,6 +48,7 @@ def sections(findings: Findings) -> list[Section]:
     cost_plot = perplexity_plot(findings) or distance_plot(plan)
     candidates = [
         Section("trade", "Quality against speed", trade_plot(findings)),
+        Section("kept", "What is kept", tasks_plot(findings)),
         Section("quality", "What it costs", cost_plot, costs),
         Section("speed", "What it gains", speed_plot(findings), gains),
         Section("said", "What both models say", sample=plan.sample_generation),
