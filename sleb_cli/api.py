@@ -56,13 +56,14 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
     """
     from sleb_cli.atomic import only_writer
     from sleb_cli.checks.searches import check_search
-    from sleb_cli.engine.door.files import locate
+    from sleb_cli.engine.door.files import locate, require_possible
 
     with only_writer(request.plan_file) if is_main_process() else nullcontext():
         with _prepared(
             check_search, lambda search, notify: locate(search.named, notify), request, notify
         ) as ready:
-            from sleb_cli.engine.door.search import resolve_search
+            require_possible(ready.checked, ready.files, ready.registry)
+            from sleb_cli.engine.door.search import resolve_search  # which imports torch
             from sleb_cli.engine.search.journal import delete_journal
             from sleb_cli.engine.search.run import find_removals
 

@@ -267,7 +267,10 @@ def load(column: Column) -> Any:
 
 
 def _loading(column: Column) -> AbstractContextManager[None]:
-    hint = "Check the name and the network, or name a local file."
+    hint = (
+        "Check the name and the network, or name a local file. A search also takes --calibration "
+        "self: the model writes its text, without a network."
+    )
     # An unknown config or split, and a data set that comes as a script.
     return loading_data(f"data set {column}", hint, ValueError, RuntimeError)
 

@@ -191,6 +191,11 @@ FIRST = [
     ("export PLAN --to indices --source x.gguf", 2, "--source does not apply to --to indices"),
     ("export no/model --blocks 1 --to report", 2, "describes a plan"),
     ("search MODEL --remove 1 --calibration wikitext3", 5, "Unknown text source 'wikitext3'"),
+    ("search MODEL --ratio 0.9", 2, "At most 4 blocks can be removed"),
+    ("search MODEL --remove 5", 2, "which has 6; 5 were to go"),
+    ("search MODEL --remove 1 --protect-first 3 --protect-last 3", 2, "At most 0 blocks"),
+    ("search MODEL --remove 2 --protect 6", 2, "There is no block 6 to protect"),
+    ("search MODEL --remove 2 --unit experts", 4, "nor its weights name any"),
     ("apply MODEL --blocks 1 -o no/out", 8, "folder does not exist"),
     ("apply MODEL --blocks 1 -o /proc/out", 8, "Cannot write /proc/out"),
     ("eval MODEL --perplexity self", 5, "self is text to calibrate on"),
@@ -199,7 +204,6 @@ FIRST = [
 
 SHORT = "--samples 4 --sequence-length 32"
 SECOND = [
-    (f"search MODEL --ratio 0.9 --calibration TEXT {SHORT}", 2, "At most 4 blocks can be removed"),
     (f"search MODEL --remove 0 --calibration TEXT {SHORT}", 2, "already at 6 of 6 blocks"),
     ("search MODEL --remove 1 --device gpu", 2, "Unknown device 'gpu'"),
     ("search MODEL --remove 1 --sequence-length 129", 2, "128 positions"),
@@ -215,7 +219,6 @@ SECOND = [
         2,
         "be split",
     ),
-    ("search MODEL --remove 2 --protect 6", 2, "There is no block 6 to protect"),
     ("search MODEL --remove 2 --protect-kind mamba", 2, "All its blocks are of one kind"),
     ("search MIXED --remove 2 --protect-kind full_atention", 2, "Did you mean 'full_attention'?"),
     ("search MIXED --remove 2 --protect-kind full_attention --protect 2", 2, "At most 1 block"),
@@ -240,6 +243,7 @@ SECOND = [
     ("eval MODEL --tasks sleb_sums --num-fewshot 9", 2, "sleb_sums has 8 examples, not 9"),
     ("eval MODEL --perplexity taken/short.txt", 5, "less than one sequence of 128"),
     ("eval MODEL --perplexity wikitext2", 5, "Salesforce/wikitext"),
+    ("search MODEL --remove 1", 5, "takes --calibration self: the model writes its text"),
     ("eval MODEL --perplexity org/none", 5, "The data set org/none:train:text cannot be loaded"),
     ("eval MODEL --perplexity TEXT --sequence-length 999", 2, "128 positions"),
     ("bench MODEL --prompt-length 100 --new-tokens 100", 2, "exceeds the model's 128 positions"),

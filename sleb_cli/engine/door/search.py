@@ -11,6 +11,7 @@ import torch
 from sleb_cli.checks.clashes import given
 from sleb_cli.checks.searches import CheckedSearch, goal_of
 from sleb_cli.engine.device import choose_device, dtype_name, parse_dtype
+from sleb_cli.engine.door.files import require_blocks
 from sleb_cli.engine.door.named_model import needs_language_head, read_model
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.model.architecture import Architecture
@@ -307,14 +308,7 @@ def _read_model(
 
 
 def _protection(request: SearchRequest, architecture: Architecture) -> Protection:
-    count = architecture.block_count
-    absent = [block for block in request.protect or () if not 0 <= block < count]
-    if absent:
-        raise UsageError(
-            f"There is no block {absent[0]} to protect: {architecture.source.id} has {count} "
-            f"blocks, 0 to {count - 1}.",
-            hint="Blocks are numbered from 0.",
-        )
+    require_blocks(request, architecture.source, architecture.block_count)
     names_of = [{kind, *kind.split(", ")} for kind in architecture.kinds]
     known = sorted(set().union(*names_of) - {""})
     unknown = [kind for kind in request.protect_kind if kind not in known]
