@@ -340,8 +340,12 @@ def _require_in_range(name: str, value: float, doc: Doc) -> None:
 class SearchRequest(Request):
     """How many blocks to search for, by one field of `TARGET_NAMES`, how, and on which text."""
 
-    model: str = field(
-        kw_only=False, metadata=_argument("A Hub id, a folder, a .gguf file, or demo.", "MODEL")
+    model: str | None = field(
+        default=None,
+        kw_only=False,
+        metadata=_argument(
+            "A Hub id, a folder, a .gguf file, or demo; with --extend, the plan's.", "MODEL"
+        ),
     )
     unit: Unit = option(
         "Remove blocks, or experts: the same number of each block's.", _TARGET, unset="blocks"

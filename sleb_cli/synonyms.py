@@ -35,8 +35,6 @@ SYNONYMS: Mapping[str, str] = {
     "apply --ratio": "A plan has its sizes: use --remove, or search again with --ratio.",
     **dict.fromkeys(["apply --to", "apply --format"], _WRITTEN),
     "--format": "Use --to.",
-    "Missing argument 'MODEL'.": "Name a Hub id, a folder, a .gguf file, or demo: `sleb search "
-    "demo --ratio 0.2`.",
     "Missing option '--to'.": "Name the format: --to report, table, llama-quantize, mergekit or "
     "indices.",
     **dict.fromkeys(

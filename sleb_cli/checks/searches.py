@@ -10,7 +10,7 @@ from typing import Any
 
 from sleb_cli.atomic import require_new_file
 from sleb_cli.checks.strategies import ONESHOT, STRATEGIES, Strategy
-from sleb_cli.checks.subjects import NamedSubject
+from sleb_cli.checks.subjects import NamedSubject, locate_planned_model
 from sleb_cli.checks.text_names import require_mixture
 from sleb_cli.names import require_path
 from sleb_cli.plan import Plan, read_plan
@@ -57,7 +57,7 @@ class CheckedSearch:
         """The model, which must be the extended plan's."""
         extended = self.extended and self.extended.model_copy(update={"base_model": None})
         return NamedSubject(
-            self.request, self.request.model, (), plan=extended, file=self.request.extend
+            self.request, str(self.request.model), (), plan=extended, file=self.request.extend
         )
 
 
@@ -65,13 +65,24 @@ def check_search(request: SearchRequest, registry: Registry) -> CheckedSearch:
     """Check and complete a request.
 
     Raises:
-        UsageError: a value is out of range, or the metric and the strategy do not fit together.
-        PlanError: the extended plan is unreadable.
+        UsageError: no model is named, a value is out of range, or the metric and the strategy do
+            not fit together.
+        PlanError: the extended plan is unreadable, or does not say where its model is.
         DataError: a text is missing.
         OutputError: a plan or an unfinished search exists, or the plan cannot be written.
     """
+    extended = None
+    if request.extend is not None:
+        extended = read_plan(request.extend)
+        own = extended.model_copy(update={"base_model": None})
+        model, revision = locate_planned_model(request.extend, own, request.model, request.revision)
+        request = replace(request, model=model, revision=revision)
+    if request.model is None:
+        raise UsageError(
+            "No model is named.",
+            hint="Name a Hub id, a folder, a .gguf file, or demo: `sleb search demo --ratio 0.2`.",
+        )
     goal_of(request)
-    extended = read_plan(request.extend) if request.extend is not None else None
     metric_given = request.metric is not None or extended is not None
     request = _fill_gaps(request, extended)
     metric = registry.metric(str(request.metric))
@@ -83,7 +94,7 @@ def check_search(request: SearchRequest, registry: Registry) -> CheckedSearch:
     memory = None if request.memory is None else parse_bytes(str(request.memory), "--memory")
     dtype_in_full(request.dtype or AUTO)
     require_mixture(request.calibration)
-    require_path(request.model)
+    require_path(str(request.model))
     if is_main_process():
         journal = journal_of(request.plan_file)
         # An unfinished search was allowed to write the plan, and may have been killed just after

@@ -1,5 +1,6 @@
 """The subject of `apply`, `eval`, `bench` and `export`: a plan, or a model and its blocks."""
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import fspath
 from pathlib import Path
@@ -82,7 +83,7 @@ def read_subject(
     if is_plan(path):
         plan = read_named_plan(path, request)
         _require_applicable(request, path, plan)
-        model, revision = _locate_model(path, plan, request.model, request.revision)
+        model, revision = locate_planned_model(path, plan, request.model, request.revision)
         return NamedSubject(
             replace(request, revision=revision),
             model,
@@ -143,17 +144,24 @@ def _require_applicable(request: SubjectRequest, path: Path, plan: Plan) -> None
 
 
 def _no_blocks_error(path: Path) -> SlebError:
-    if path.exists():
-        return UsageError(
-            f"No blocks given for {path}.", hint="Name a plan, or use --blocks 5,4,9."
-        )
-    return no_plan(path)
+    if not path.exists():
+        return no_plan(path)
+    named = "a plan"
+    for file in sorted({*path.parent.glob("*.json"), *Path().glob("*.json")}):
+        with suppress(PlanError):
+            if Path(read_plan(file).made_for.id) in (path.absolute(), path.resolve()):
+                named = f"its plan, {file}"
+    return UsageError(f"No blocks given for {path}.", hint=f"Name {named}, or use --blocks 5,4,9.")
 
 
-def _locate_model(
+def locate_planned_model(
     path: Path, plan: Plan, named: str | None, revision: str | None
 ) -> tuple[str, str | None]:
-    """Return the place and the revision of a plan's model; what the user named takes precedence."""
+    """Return the place and the revision of a plan's model; what the user named takes precedence.
+
+    Raises:
+        PlanError: the plan does not say where its model is.
+    """
     model = plan.made_for
     if named is not None:
         return named, revision
@@ -166,7 +174,7 @@ def _locate_model(
     ):
         raise PlanError(
             f"{path} was made for {model.id}, and does not say where that is.",
-            hint="Name its folder with --model.",
+            hint="Name its folder: --model FOLDER, or MODEL of a search.",
         )
     if revision is None and not Path(model.id).exists():
         revision = model.revision

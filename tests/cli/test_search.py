@@ -55,7 +55,7 @@ def test_a_mixture_is_named_in_the_plan_and_continued(
     shown = search("--remove", 1, "-o", "one.json", text=mixture).stdout
     assert f"calibrated on self:0.25,{text_file.name}:0.75: 4 x 32 tokens" in shown
     search("--remove", 2, text=mixture)
-    sleb("search", tiny_llama, "--extend", "one.json", "--remove", 2)
+    sleb("search", "--extend", "one.json", "--remove", 2)
     two, extended = (read_plan(tmp_path / name) for name in ("plan.json", "one.json"))
     assert (extended.steps, extended.calibration) == (two.steps, two.calibration)
 

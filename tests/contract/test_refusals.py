@@ -128,6 +128,8 @@ FIRST = [
     ("search no/model --remove 1 --strategy oneshot --fast", 2, "--fast does not apply to"),
     ("search no/model --remove 1 --strategy refine --metric cosine", 2, "cosine scores single"),
     ("search no/model --remove 1 --extend PLAN --strategy refine", 2, "--strategy greedy only"),
+    ("search --remove 1 --extend nameless.json", 3, "does not say where that is"),
+    ("search --extend PLAN --ratio 0.9", 2, "At most 4 blocks can be removed from"),
     ("search no/model --remove 1 --extend nowhere.json", 3, "no plan nowhere.json"),
     ("search no/model --remove 1 -o no/plan.json", 8, "folder does not exist"),
     ("search no/model --remove 1 -o PLAN", 8, "already exists"),
@@ -164,7 +166,9 @@ FIRST = [
     ("apply no/model --blocks 1 --source x.gguf -o no/out.gguf", 8, "folder does not exist"),
     ("eval no/model --batch-size many", 2, "--batch-size many"),
     ("eval no/model --every 1", 2, "needs a plan or --blocks"),
-    ("eval MODEL --remove 1", 2, "No blocks given"),
+    ("eval MODEL --remove 1", 2, "Name its plan, llama-plan.json, or use --blocks"),
+    ("apply bad.gguf", 2, "Name its plan, of-gguf.json, or use --blocks"),
+    ("apply bare", 2, "Name a plan, or use --blocks"),
     ("eval no/model --blocks 1,2,3 --remove 2,4", 2, "Use --remove 1 to 3"),
     ("eval PLAN --remove 0", 2, "Use --remove 1 to 2"),
     ("eval PLAN --perplexity TEXT,", 2, "--perplexity has an empty value"),
@@ -300,8 +304,10 @@ def words(tiny_llama, llama_plan, of_kinds, text_file, tmp_path, monkeypatch):
     Path("linked/tokenizer.json").symlink_to(__file__)
     os.mkfifo("piped/tokenizer.json")
     plan = json.loads(llama_plan.read_text())
+    of_gguf = plan | {"model": plan["model"] | {"id": str(tmp_path / "bad.gguf")}}
     nameless = plan | {"model": plan["model"] | {"id": "tiny"}}
     in_groups = plan | {"removals": [], "steps": [], "experts": EXPERTS}
+    Path("of-gguf.json").write_text(json.dumps(of_gguf))
     Path("nameless.json").write_text(json.dumps(nameless))
     Path("experts.json").write_text(json.dumps(in_groups))
 
