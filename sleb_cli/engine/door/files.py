@@ -66,7 +66,7 @@ def require_possible(checked: CheckedSearch, source: ModelSource, registry: Regi
         return
     model_type = str(source.raw_config.get("model_type"))
     count = _configured_blocks(source, registry.family(model_type))
-    if count is None:
+    if count is None or count < 2:
         return
     require_blocks(request, source, count)
     gone = checked.extended.removals if checked.extended else ()
