@@ -59,8 +59,8 @@ def sleb(
     """Make language models, embedding models and classifiers smaller and faster by removing
     transformer blocks or experts, without training.
 
-    A block (most say layer) is attention and an MLP; each token passes through a few dozen, one
-    after the other. Start with `sleb search demo --ratio 0.2`.
+    A block (most say layer) is attention and an MLP; each token passes through
+    a few dozen, one after the other. Start with `sleb search demo --ratio 0.2`.
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
@@ -95,7 +95,11 @@ def _search_like(config: Path | None) -> Callable[[SearchRequest, Notify], Plan]
 @app.command()
 @options_from(SearchRequest)
 def search(request: SearchRequest, how: How) -> None:
-    """Find the blocks or experts that MODEL needs least, and write them to a plan."""
+    """Find the blocks or experts that MODEL needs least, and write them to a plan.
+
+    sleb search demo --ratio 0.2
+    sleb search org/name --remove 6 --calibration chats.jsonl -o six.json
+    """
     from sleb_cli.ui.plans import show_plan  # with pydantic, which `sleb --help` does not wait for
 
     _run(_search_like(how.config), request, lambda plan: show_plan(plan, request.plan_file), how)
@@ -104,8 +108,10 @@ def search(request: SearchRequest, how: How) -> None:
 @app.command()
 @options_from(ApplyRequest)
 def apply(request: ApplyRequest, how: How) -> None:
-    """Write the pruned checkpoint or GGUF file, and prove that it computes what the search
-    measured.
+    """Write the pruned checkpoint or GGUF file, and prove it against the dense model.
+
+    sleb apply plan.json --recover
+    sleb apply model.gguf --blocks 12-15 -o smaller.gguf
     """
     _run(api.apply, request, summaries.show_applied, how)
 
@@ -113,8 +119,10 @@ def apply(request: ApplyRequest, how: How) -> None:
 @app.command("eval")
 @options_from(EvalRequest)
 def eval_(request: EvalRequest, how: How) -> None:
-    """Compare the quality of the dense (original) and the pruned model, or of any two models:
-    perplexity, lm-eval tasks, or nearest neighbours and classes in a corpus.
+    """Compare the quality of the dense (original) and the pruned model, or of any two models.
+
+    sleb eval plan.json --perplexity wikitext2 --tasks piqa,canaries
+    sleb eval smaller/ --against org/name
     """
     _run(
         api.evaluate, request, lambda result: summaries.show_evaluation(result, request.output), how
@@ -124,20 +132,32 @@ def eval_(request: EvalRequest, how: How) -> None:
 @app.command()
 @options_from(BenchRequest)
 def bench(request: BenchRequest, how: How) -> None:
-    """Measure the speed and memory of the dense (original) and the pruned model."""
+    """Measure the speed and memory of the dense (original) and the pruned model.
+
+    sleb bench plan.json
+    sleb bench plan.json --generation --batch-size 1 --engine llama.cpp
+    """
     _run(api.bench, request, lambda result: summaries.show_benchmark(result, request.output), how)
 
 
 @app.command()
 @options_from(ExportRequest)
 def export(request: ExportRequest, how: How) -> None:
-    """Export a report, a table of plans, or the removals for another tool."""
+    """Export a report, a table of plans, or the removals for another tool.
+
+    sleb export plan.json --to report
+    sleb export plan.json other.json --to table -o table.md
+    """
     _run(api.export, request, summaries.show_exported, how)
 
 
 @app.command()
 def plugins(json: JsonOption = False) -> None:
-    """List the installed families, metrics, export formats and engines, and what failed to load."""
+    """List the installed families, metrics, export formats and engines, and what failed to load.
+
+    sleb plugins
+    sleb plugins --json
+    """
     with show_progress() as notify:
         registry = load_registry(notify)
     show_plugins(registry, as_json=json)

@@ -112,12 +112,13 @@ TRANSFORMERS = "transformers"
 RECOVERIES = ("recover", "heal")
 """The options that ask for a stage of a recovery, in the order of the stages."""
 
-_TARGET = "How far to go (choose one)"
+_TARGET = "Other targets (choose one)"
 _SCORING = "How blocks are chosen"
 _CALIBRATION = "Calibration text"
-_PROTECTION = "Protected blocks"
-_MACHINE = "Model and machine"
-_OUTPUT = "Output"
+_FIT = "Speed and memory"
+MACHINE = "Model and machine"
+"""The last heading of help."""
+OUTPUT = "Output"
 _SUBJECT = "Blocks to remove"
 _CHECKPOINT = "Checkpoint"
 _RECOVERY = "Recovery"
@@ -184,37 +185,40 @@ _list = partial(option, metavar="LIST", unset=())
 _repeated = partial(option, repeated=True, unset=())
 _dtype = partial(
     option,
-    "float32, bfloat16, float16, or auto (the checkpoint's own, or float32 on a CPU that emulates "
-    "it).",
-    _MACHINE,
+    "float32, bfloat16, float16, or auto (as stored, or float32 on a CPU that emulates that).",
+    MACHINE,
     default=AUTO,
 )
-_device = partial(option, "cpu, cuda, cuda:1, mps, xpu, npu, or auto.", _MACHINE, unset=AUTO)
+_device = partial(option, "cpu, cuda, cuda:1, mps, xpu, npu, or auto.", MACHINE, unset=AUTO)
 _stream = partial(
     option,
-    "Read the weights from disk block by block, for a model larger than memory.",
-    _MACHINE,
-    default="if it does not fit",
+    "Read the weights from disk block by block.",
+    _FIT,
+    default="if they do not fit",
 )
 _device_map = partial(
-    option, "Let accelerate spread the model over several devices, CPU memory and disk.", _MACHINE
+    option,
+    "Let accelerate spread the model over devices, CPU memory and disk: auto, balanced or "
+    "sequential.",
+    _FIT,
+    metavar="NAME",
 )
-_revision = partial(option, "Branch, tag or commit of a model on the Hub.", _MACHINE)
-_trust_remote_code = partial(_flag, "Run Python code that comes with the model.", _MACHINE)
+_revision = partial(option, "Branch, tag or commit on the Hub.", MACHINE)
+_trust_remote_code = partial(_flag, "Run Python code of the model.", MACHINE)
 _experts_per_token = partial(
     option,
-    "Have each token use only this many experts: one setting, and no cut.",
+    "Let each token use only this many experts.",
     _SUBJECT,
     minimum=1,
 )
 _prompt = partial(
     option,
-    "Begin each text with this prompt of the embedding model: query.",
+    "Begin texts with this prompt of an embedding model: query.",
     metavar="NAME",
-    default="the model's default, if it has one",
+    default="the model's own",
 )
-_force = partial(_flag, "Overwrite existing output.", _OUTPUT)
-_result_file = partial(option, "Write the result to this JSON file.", _OUTPUT)
+_force = partial(_flag, "Overwrite existing output.", OUTPUT)
+_result_file = partial(option, "Write the result to this JSON file.")
 
 
 _TYPES: dict[Any, tuple[str, Any]] = {
@@ -348,61 +352,54 @@ class SearchRequest(Request):
         ),
     )
     unit: Unit = option(
-        "Remove blocks, or experts: the same number of each block's.", _TARGET, unset="blocks"
+        "Remove blocks, or experts of each block.",
+        _SCORING,
+        unset="blocks",
+        metavar="NAME",
     )
-    ratio: str | float | None = option(
-        "Remove this share of the blocks or experts, rounded up: 0.2.", _TARGET
-    )
-    remove: int | None = option(
-        "Remove this number of blocks, or of each block's experts.", _TARGET
-    )
-    target_params: str | int | None = option(
-        "Remove until at most this many parameters remain: 1.2B.", _TARGET
-    )
+    ratio: str | float | None = option("Remove this share, rounded up: 0.2.")
+    remove: int | None = option("Remove so many blocks, or experts of each.")
+    target_params: str | int | None = option("Leave so many parameters: 1.2B.", _TARGET)
     target_memory: str | int | None = option(
-        "Remove until weights and KV cache fit in this much memory: 6GiB.", _TARGET
+        "Fit weights and KV cache in this much memory: 6GiB.", _TARGET
     )
     serve_length: int | None = option(
-        "With --target-memory: tokens in the KV cache.",
+        "Tokens in that KV cache.",
         _TARGET,
         default=f"{DEFAULT_SERVE_LENGTH}, or the model's limit",
         minimum=2,
     )
     max_perplexity_ratio: str | float | None = option(
-        "Remove blocks while perplexity stays within this multiple of the dense model's: 1.2.",
+        "Keep perplexity within this multiple of the dense model's: 1.2.",
         _TARGET,
     )
     metric: str | None = option(
-        "Score candidates by this metric: see `sleb plugins`.",
+        "Score candidates by this: see `sleb plugins`.",
         _SCORING,
         default=f"{DEFAULT_METRIC}; {DEFAULT_EXPERT_METRIC} for experts; output for models that "
         "only read",
     )
     strategy: StrategyName | None = option(
-        "greedy; refine (greedy, then swaps); oneshot (score every block once); or contiguous "
-        "(best span).",
+        "greedy; refine (greedy, then swaps); oneshot (all scored once); or contiguous (a span).",
         _SCORING,
         default=DEFAULT_STRATEGY,
         metavar="NAME",
     )
     fast: bool | None = option(
-        "Race the candidates: stop scoring one once little is expected of it.",
-        _SCORING,
+        "Stop scoring a candidate once little is expected of it.",
+        _FIT,
         default="no; yes for demo",
     )
     calibration: str | None = option(
         "wikitext2, c4, wikitext2-sleb, c4-sleb, a .txt or .jsonl file, "
-        "org/name[:config][:split][:column]; self or "
-        "self-chat (written by the model), answers:FILE (its answers to your prompts); or a "
-        "mixture: self:0.5,c4:0.5.",
-        _CALIBRATION,
+        "org/name[:config][:split][:column]; self, self-chat or answers:FILE, which the model "
+        "writes; or a mixture: self:0.5,c4:0.5.",
         default=f"{DEFAULT_CALIBRATION}; {DEMO_CALIBRATION} for demo",
     )
     samples: int | None = _count(
         "Number of sequences.",
         _CALIBRATION,
-        default=f"{DEFAULT_SAMPLES}; {DEFAULT_TEXTS} texts of a model that only reads; "
-        f"{DEMO_SAMPLES} for demo",
+        default=f"{DEFAULT_SAMPLES}; {DEFAULT_TEXTS} if it only reads; {DEMO_SAMPLES} for demo",
     )
     sequence_length: int | None = option(
         "Tokens per sequence.",
@@ -411,61 +408,61 @@ class SearchRequest(Request):
         minimum=2,
     )
     seed: int | None = option(
-        "Seed for sampling and generating text, and for the order of a race.",
+        "Seed of samples and races.",
         _CALIBRATION,
         default=0,
         maximum=_MAX_SEED,
     )
     chat: Chat | None = option(
-        "Read `messages` of files and data sets as conversations, and count all tokens or only the "
-        "answers.",
+        "Count all tokens of conversations (`messages`), or only the answers.",
         _CALIBRATION,
+        metavar="NAME",
         default="answers",
     )
     prompt: str | None = _prompt(panel=_CALIBRATION)
     holdout: float | None = option(
-        "Hold out this share of the sequences to detect overfitting: 0.2.",
+        "Hold out this share of the sequences: 0.2.",
         _CALIBRATION,
         default=f"0; {DEFAULT_EXPERT_HOLDOUT} for experts",
         maximum=0.99,
     )
     sample_tokens: int | None = option(
-        "Let both models generate this many tokens at the end, to reveal a collapse; 0 for none.",
+        "Tokens that both models write at the end.",
         _CALIBRATION,
         default=DEFAULT_SAMPLE_TOKENS,
     )
     protect_first: int | None = option(
-        "Protect this many blocks at the start.", _PROTECTION, default=DEFAULT_PROTECTED
+        "Protect so many at the start.", _SCORING, default=DEFAULT_PROTECTED
     )
     protect_last: int | None = option(
-        "Protect this many blocks at the end.", _PROTECTION, default=DEFAULT_PROTECTED
+        "Protect so many at the end.", _SCORING, default=DEFAULT_PROTECTED
     )
     protect: tuple[int, ...] | None = option(
-        "Also protect these blocks: 5,11.", _PROTECTION, metavar="LIST"
+        "Also protect these blocks: 5,11.", _SCORING, metavar="LIST"
     )
     protect_kind: tuple[str, ...] = _repeated(
         "Protect all blocks of this kind: full_attention. May be repeated.",
-        _PROTECTION,
+        _SCORING,
         metavar="KIND",
     )
     dtype: str | None = _dtype()
     device: str = _device()
     memory: str | int | None = option(
-        "Memory for the search, in addition to the model: 8GiB.",
-        _MACHINE,
+        "Memory for the search besides the model: 8GiB.",
+        _FIT,
         default="a share of what is free",
     )
-    batch_size: int | None = _count("Sequences per forward pass.", _MACHINE, default="by device")
+    batch_size: int | None = _count("Sequences per forward pass.", _FIT, default="by device")
     stream: bool | None = _stream()
     device_map: DeviceMap | None = _device_map()
     revision: str | None = _revision()
     trust_remote_code: bool = _trust_remote_code()
     extend: Path | None = option(
-        "Remove more blocks than this plan, with its settings and text.", _OUTPUT, metavar="PLAN"
+        "Remove more than this plan, with its settings.", OUTPUT, metavar="PLAN"
     )
-    resume: bool = _flag("Continue an interrupted search.", _OUTPUT)
+    resume: bool = _flag("Continue an interrupted search.")
     output: Path | None = option(
-        "Write the plan here.", _OUTPUT, default=f"{DEFAULT_PLAN}, or the extended plan"
+        "Write the plan here.", default=f"{DEFAULT_PLAN}, or the extended plan"
     )
     force: bool = _force()
 
@@ -519,9 +516,7 @@ class OneSizeRequest(SubjectRequest):
     """One size of the pruned model, by default the smallest."""
 
     remove: int | None = option(
-        "Remove only N blocks, or experts of each block: the plan's step N, or the first N of "
-        "--blocks.",
-        _SUBJECT,
+        "Remove only the first N blocks, or experts of each block.",
         metavar="N",
     )
 
@@ -531,13 +526,9 @@ class SizesRequest(SubjectRequest):
     """Sizes of the pruned model to compare with the dense one, by default the smallest."""
 
     remove: tuple[int, ...] = _list(
-        "Measure these sizes, by blocks or experts removed: 2,4,6. N is the plan's step N, or the "
-        "first N of --blocks.",
-        _SUBJECT,
+        "Measure the model without the first 2, 4 and 6 blocks or experts: 2,4,6.",
     )
-    every: int | None = _count(
-        "Measure every N-th size, and always the most pruned.", _SUBJECT, metavar="N"
-    )
+    every: int | None = _count("Measure every N-th size, and the smallest.", _SUBJECT, metavar="N")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -564,11 +555,9 @@ class ApplyRequest(OneSizeRequest):
         "If the proof fails, keep the output in this folder.", _CHECKPOINT, metavar="DIR"
     )
     recover: bool = _flag(
-        "Refit the blocks around each gap to match the dense model, in closed form.", _RECOVERY
+        "Refit the blocks around each gap to match the dense model, in closed form."
     )
-    heal: bool = _flag(
-        "Train the remaining blocks, or routers, to match the dense model.", _RECOVERY
-    )
+    heal: bool = _flag("Train the remaining blocks, or routers, to match the dense model.")
     heal_minutes: float | None = option(
         "Stop healing after this many minutes.",
         _RECOVERY,
@@ -612,7 +601,6 @@ class ApplyRequest(OneSizeRequest):
     device_map: DeviceMap | None = _device_map()
     output: Path | None = option(
         "Write this folder, or this file if it ends in .gguf.",
-        _OUTPUT,
         default="named after the model",
     )
     force: bool = _force()
@@ -628,8 +616,7 @@ class EvalRequest(SizesRequest):
     """What to measure of a model's quality."""
 
     against: str | None = option(
-        "Compare with this model, from which MODEL was made: a folder, Hub id or GGUF file.",
-        _QUALITY,
+        "Compare MODEL with the one it was made from: a folder, Hub id or GGUF file.",
         metavar="MODEL",
     )
     experts_per_token: int | None = _experts_per_token()
@@ -637,13 +624,11 @@ class EvalRequest(SizesRequest):
         "Measure perplexity on these texts: wikitext2, c4, files, "
         "org/name[:config][:split][:column]. In conversations "
         "(`messages`), only the answers count.",
-        _QUALITY,
         default=f"{DEFAULT_TEXT}, unless --tasks or --corpus",
     )
     tasks: tuple[str, ...] = _list(
         "Run these lm-eval tasks and groups, or sleb, canaries, leaderboard-v1, leaderboard-v2: "
         "piqa,canaries.",
-        _QUALITY,
     )
     corpus: str | None = option(
         "Measure a model that only reads, on a .txt or .jsonl file (`text`, and `query` or "
@@ -691,7 +676,7 @@ class EvalRequest(SizesRequest):
     stream: bool | None = _stream()
     device_map: DeviceMap | None = _device_map()
     output: Path | None = _result_file()
-    force: bool = _flag("Overwrite existing output, and measure everything again.", _OUTPUT)
+    force: bool = _flag("Overwrite existing output, and measure everything again.", OUTPUT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -699,8 +684,8 @@ class BenchRequest(SizesRequest):
     """What to time."""
 
     experts_per_token: int | None = _experts_per_token()
-    prompt: bool = _flag("Time prompt processing (prefill).", _WORKLOAD)
-    generation: bool = _flag("Time generation (prefill and decode).", _WORKLOAD, default="both")
+    prompt: bool = _flag("Time prompt processing (prefill).")
+    generation: bool = _flag("Time generation (prefill and decode).", default="both")
     batch_size: int | None = _count(
         "Prompts per batch.",
         _WORKLOAD,
@@ -725,9 +710,9 @@ class BenchRequest(SizesRequest):
     warmup: int | None = option(
         "Untimed runs of each model before timing.", _TIMING, default="until times are stable"
     )
-    compile: bool = _flag("Run the models through torch.compile.", _MACHINE)
+    compile: bool = _flag("Run the models through torch.compile.", MACHINE)
     threads: int | None = _count(
-        "CPU threads.", _MACHINE, default="torch's choice", maximum=_MAX_THREADS
+        "CPU threads.", MACHINE, default="torch's choice", maximum=_MAX_THREADS
     )
     dtype: str | None = _dtype()
     device: str = _device()
@@ -735,11 +720,10 @@ class BenchRequest(SizesRequest):
     force: bool = _force()
     engine: str = option(
         "transformers, llama.cpp, vllm, or a plugin's engine: see `sleb plugins`.",
-        _MACHINE,
         unset=TRANSFORMERS,
     )
     source: Path | None = option(
-        "A GGUF file of the model, for engines that read GGUF.", _MACHINE, metavar="GGUF"
+        "A GGUF file of the model, for engines that read GGUF.", MACHINE, metavar="GGUF"
     )
 
 
@@ -754,16 +738,12 @@ class ExportRequest(OneSizeRequest):
     )
     to: str = option(
         "report, table, llama-quantize, mergekit, indices, or a plugin's format.",
-        _OUTPUT,
         unset=MISSING,
         metavar="FORMAT",
     )
-    source: Path | None = option(
-        "A GGUF file of the model, for llama-quantize.", _OUTPUT, metavar="GGUF"
-    )
+    source: Path | None = option("A GGUF file of the model, for llama-quantize.", metavar="GGUF")
     output: Path | None = option(
         "Write this file; a table ends in .md, .csv, or .svg for a figure.",
-        _OUTPUT,
         default="text to stdout, or a file named after the plan",
     )
     force: bool = _force()

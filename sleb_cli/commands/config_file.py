@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sleb_cli.requests import TARGET_NAMES
+from sleb_cli.requests import OUTPUT, TARGET_NAMES
 from sleb_plugins import UsageError
 from sleb_plugins.errors import did_you_mean
 
@@ -116,7 +116,7 @@ ConfigOption = Annotated[
         "--config",
         callback=_read,
         is_eager=True,
-        help="Read options from a YAML file, or those of a search from its plan. Typed options "
-        "take precedence.",
+        help="Read options from YAML, or a search's from a plan.",
+        rich_help_panel=OUTPUT,
     ),
 ]

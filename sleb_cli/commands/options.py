@@ -16,10 +16,13 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 
 from sleb_cli.commands.config_file import ConfigOption, drop_overridden
-from sleb_cli.requests import Doc, kinds_of, option_of
+from sleb_cli.requests import MACHINE, OUTPUT, Doc, kinds_of, option_of
 from sleb_plugins import UsageError
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print only the result, as JSON.")]
+JsonOption = Annotated[
+    bool,
+    typer.Option("--json", help="Print only the result, as JSON.", rich_help_panel=OUTPUT),
+]
 
 MAX_RANGE = 4096
 
@@ -29,7 +32,10 @@ class How:
     """What every command with a request can be told about this run."""
 
     json: JsonOption = False
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Hide progress and notes.")] = False
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", "-q", help="Hide progress and notes.", rich_help_panel=OUTPUT),
+    ] = False
     config: ConfigOption = None
 
 
@@ -59,7 +65,7 @@ def options_from(
 def _signature(options: Iterable[_Option]) -> list[inspect.Parameter]:
     """List what Typer passes to a command: context, arguments, options, and the fields of `How`."""
     parameters = [_keyword("context", typer.Context)]
-    for option in sorted(options, key=lambda option: not option.doc.argument):
+    for option in sorted(options, key=lambda o: (not o.doc.argument, o.doc.panel == MACHINE)):
         parameters.append(option.parameter)
     annotations = get_type_hints(How, include_extras=True)
     for field in fields(How):

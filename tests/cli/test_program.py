@@ -24,6 +24,14 @@ def test_help(sleb):
     assert sleb("help", "eval").stdout == sleb("eval", "--help").stdout
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_two_examples_and_is_not_long(sleb, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = sleb(command, "--help").stdout.splitlines()
+    assert len(lines) <= 100
+    assert sum(line.startswith(f" sleb {command}") for line in lines) == 2
+
+
 def broken():
     raise RuntimeError(
         "driver too old, see https://user:secret@hub.example/?token=abc\nhf_abcdefghijkl"
