@@ -221,7 +221,6 @@ def test_another_ending_needs_no_more_than_its_outputs(
     ("options", "said", "hint"),
     [
         (["--metric", "nll"], "needs a language head", "Leave out --metric"),
-        (["--unit", "experts"], "--unit experts needs a language head", "Use --remove"),
         (["--sample-tokens", 8], "--sample-tokens needs a language head", ""),
         (["--chat", "all"], "--chat is for language models", "Leave out"),
         (["--calibration", "self"], "self is no text", ".jsonl"),
