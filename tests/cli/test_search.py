@@ -79,7 +79,7 @@ def test_conversations_are_scored_on_their_answers(search, sleb, tmp_path):
     assert plans[0].dense.loss != plans[1].dense.loss
     sleb("search", folder, "--extend", "plan.json", "--remove", 3)
     assert read_plan(tmp_path / "plan.json").steps[:2] == plans[1].steps
-    assert "for conversations, " in search("--remove", 1, "--force", code=5, **of_chat).stderr
+    assert "the answers of conversations" in search("--remove", 1, "--force", **of_chat).stdout
 
 
 def test_a_race_is_recorded_and_shown(search, found, tmp_path):
