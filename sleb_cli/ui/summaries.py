@@ -128,7 +128,7 @@ def _show_checkpoint(result: ApplyResult) -> None:
     if result.removals and not result.recovery:
         print_line(better)
     print_to_copy(f"to run it: {run}")
-    if (Path(result.folder) / "chat_template.jinja").is_file():
+    if not output and (Path(result.folder) / "chat_template.jinja").is_file():
         print_to_copy(f"to chat with it then, in a second terminal: transformers chat {folder}")
     print_to_copy(f"to publish it: hf upload ORG/NAME {folder} --private")
 
