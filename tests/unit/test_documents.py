@@ -23,6 +23,7 @@ from sleb_cli.plan import (
     Step,
 )
 from sleb_cli.requests import TARGET_NAMES, StrategyName
+from sleb_cli.ui.plans import SMALL_MODELS
 from sleb_plugins import SlebError, errors, hookspecs
 from sleb_plugins.families import REFUSED
 from sleb_plugins.metrics import sleb_metrics
@@ -175,6 +176,12 @@ def test_the_notebook_is_made_of_the_example():
 def test_the_readme_is_short_and_the_changelog_begins_with_this_version():
     assert len(without_cog(read("README.md")).splitlines()) <= 130
     assert re.search(r"^## (\S+)", read("CHANGELOG.md"), re.MULTILINE)[1] == sleb_cli.__version__
+
+
+def test_the_demo_ends_with_a_figure_of_the_readme():
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert "keeps 98% of its right choices without 6 blocks" in readme
+    assert "keeps 98% of its right choices without 6 blocks" in SMALL_MODELS
 
 
 def test_generated_parts_are_what_cog_would_write(monkeypatch):
