@@ -2,7 +2,7 @@
 
 import math
 import re
-from itertools import count
+from itertools import chain, count, repeat
 from pathlib import Path
 
 import pytest
@@ -162,6 +162,16 @@ def test_it_stops_without_gains_and_keeps_the_best_point(healed, tiny_llama, tmp
     assert torch.equal(
         before["model.layers.5.mlp.up_proj.weight"], after["model.layers.3.mlp.up_proj.weight"]
     )
+
+
+@pytest.mark.parametrize(("other", "kept"), [(0.9, 512), (1.1, 0)])
+def test_no_text_becomes_worse(healed, monkeypatch, other, kept):
+    """The mean is lower at the second check, and the second text is better or worse."""
+    sums = chain([(2.0, 1), (1.0, 1), (0.1, 1), (other, 1)], repeat((9.0, 1)))
+    monkeypatch.setattr(training.Training, "_sum", lambda self, batches: next(sums))
+    Path("other.txt").write_text(prose(400))
+    healed(*TOKENS, "--calibration text.txt:0.5,other.txt:0.5")
+    assert recovery().heal.kept_tokens == kept
 
 
 def test_it_starts_from_the_closed_form(healed, monkeypatch):

@@ -1,4 +1,4 @@
-"""`sleb apply --heal` of plans of experts, through `main()`: routers are trained, and nothing else."""
+"""`sleb apply --heal` of plans of experts, through `main()`: routers alone are trained."""
 
 import re
 from functools import partial

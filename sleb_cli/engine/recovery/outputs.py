@@ -85,9 +85,10 @@ class OutputSet(TransferSet):
         dense = Variant(job.dense)
         what = f"Reading {len(self._texts):,} texts with the dense model"
         self._dense = read_all(dense, self._texts, job.notify, what)
-        validation = job.validation.sequences.to(student.device)
-        whole = OutputBatch(validation, read_all(dense, validation))
-        self.checked = whole.split(READ_TEXTS)
+        self.checked = {}
+        validation = job.validation.to(student.device)
+        for source, (texts, _) in validation.first_of_each(len(validation.sequences)).items():
+            self.checked[source] = OutputBatch(texts, read_all(dense, texts)).split(READ_TEXTS)
 
     def batches(self, portion: int, begin: int, notify: Notify) -> Iterator[OutputBatch]:
         """Return all texts once, from batch `begin / size` on."""

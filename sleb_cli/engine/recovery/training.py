@@ -1,15 +1,18 @@
-"""Train a pruned model until its budget is used, or the validation text improves no more."""
+"""Train a pruned model until its budget is used, or the validation text improves no more.
+
+The best point is the one with the least divergence among those where no text is worse than it was.
+"""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.recovery.distillation import learning_rate
@@ -28,7 +31,10 @@ budget: in the first, the learning rate is too high to tell.
 
 
 class Progress(BaseModel, strict=True, extra="forbid"):
-    """The progress of a training, besides its tensors; `position` is in a portion of the text."""
+    """The progress of a training, besides its tensors.
+
+    `position` is in a portion of the text; `untrained` has each text's divergence at the start.
+    """
 
     steps: int = 0
     tokens: int = 0
@@ -39,6 +45,7 @@ class Progress(BaseModel, strict=True, extra="forbid"):
     stale: int = 0
     best_divergence: float = math.inf
     best_tokens: int = 0
+    untrained: dict[str, float] = Field(default_factory=dict)
 
 
 class TransferSet(ABC):
@@ -48,13 +55,14 @@ class TransferSet(ABC):
 
     Attributes:
         size: how many sequences a batch has.
-        checked: the validation text, which chooses the best point, and is never trained on.
+        checked: the validation text by source, which chooses the best point, and is never
+            trained on.
         distillation: the gradient and the divergence of a batch.
         measure: what the divergence is called in messages.
     """
 
     size: int
-    checked: Sequence[Any]
+    checked: Mapping[str, Sequence[Any]]
     distillation: Any
     measure = "KL to the dense model"
 
@@ -175,15 +183,21 @@ class Training:
 
     def _check(self, loss: float) -> None:
         progress = self.progress
-        divergence = self._divergence()
+        texts = {source: self._sum(batches) for source, batches in self.texts.checked.items()}
+        means = {source: total / targets for source, (total, targets) in texts.items()}
+        total, targets = map(sum, zip(*texts.values(), strict=True))
+        divergence = total / targets
         if progress.steps == 0 and not math.isfinite(divergence):
             raise ModelError(
                 f"On the validation text, the divergence from the dense model is {divergence}.",
                 hint="Use other text, or a data type with a wider range: --dtype bfloat16 or "
                 "float32.",
             )
+        if progress.steps == 0:
+            progress.untrained = means
         used = self._used()
-        if divergence < progress.best_divergence:
+        is_no_worse = all(means[source] <= before for source, before in progress.untrained.items())
+        if is_no_worse and divergence < progress.best_divergence:
             self.best.copy_(self.weights.values.data)
             progress.best_divergence = divergence
             progress.best_tokens = progress.tokens
@@ -194,10 +208,11 @@ class Training:
             self.job.notify(HealChecked(min(1.0, used), loss, divergence, self.texts.measure))
 
     @torch.inference_mode()
-    def _divergence(self) -> float:
+    def _sum(self, batches: Sequence[Any]) -> tuple[float, int]:
+        """Return the divergence, summed over its targets, and their number."""
         total = 0.0
         targets = 0
-        for batch in self.texts.checked:
+        for batch in batches:
             total += self.texts.distillation.divergence(batch)
             targets += batch.targets
-        return total / targets
+        return total, targets

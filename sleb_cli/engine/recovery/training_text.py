@@ -52,9 +52,8 @@ class LanguageSet(TransferSet):
             load_tokenizer(job.settings.surgery.architecture.source),
             partial(whole_model, job.dense),
         )
-        count = max(1, CHECKED_TOKENS // length)
-        counted = whole_mask(validation.sequences, validation.loss_mask)
-        self.checked = list(self._read((validation.sequences[:count], counted[:count]), 0))
+        checked = validation.first_of_each(max(1, CHECKED_TOKENS // length))
+        self.checked = {source: list(self._read(text, 0)) for source, text in checked.items()}
 
     def batches(self, portion: int, begin: int, notify: Notify) -> Iterator[Batch]:
         """Return the batches of a portion of the text."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -58,6 +59,15 @@ class Calibration:
         """Return the sequences of a source, and their loss mask."""
         rows = [row for row, origin in enumerate(self.origins) if origin == source]
         return take_sequences((self.sequences, self.loss_mask), rows)
+
+    def first_of_each(self, count: int) -> dict[str, Sequences]:
+        """Return about the first `count` sequences by source, at least one of each."""
+        share = count / len(self.sequences)
+        firsts = {}
+        for source, number in Counter(self.origins).items():
+            rows = range(min(number, max(1, round(share * number))))
+            firsts[source] = take_sequences(self.sequences_of(source), rows)
+        return firsts
 
     def shuffled(self) -> Calibration:
         """Return the sequences in the order that the seed draws for a race."""
