@@ -223,7 +223,7 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
         **THIS_VERSION,
         kind="export",
         exporter=exporter.name,
-        text=None if output else text,
+        text=None if output else str(text),
         file=str(output) if output else None,
     )
 

@@ -103,10 +103,10 @@ def require_space(path: Path, needed: int) -> None:
         )
 
 
-def write_text(path: Path, text: str, *, replace: bool = True) -> None:
-    """Write `text` aside, flush it to the disk, and rename it to `path`."""
+def write_text(path: Path, text: str | bytes, *, replace: bool = True) -> None:
+    """Write `text`, or a file's bytes, aside, flush it to the disk, and rename it to `path`."""
     with new_file(path, replace=replace) as aside:
-        aside.write_text(text, encoding="utf-8", newline="\n")
+        aside.write_bytes(text.encode() if isinstance(text, str) else text)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ _RETURNED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "fingerprint": (str, "a str"),
     "score_block": ((int, float), _NUMBER),
     "score_model": ((int, float), _NUMBER),
-    "export": (str, "a str"),
+    "export": ((str, bytes), "a str or bytes"),
     "load": (LoadedModel, "a LoadedModel"),
 }
 """The type that a method returns, and its name in errors."""

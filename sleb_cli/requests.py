@@ -743,7 +743,7 @@ class ExportRequest(OneSizeRequest):
     )
     source: Path | None = option("A GGUF file of the model, for llama-quantize.", metavar="GGUF")
     output: Path | None = option(
-        "Write this file; a table ends in .md, .csv, or .svg for a figure.",
+        "Write this file; a table ends in .md, .csv or .tex, a figure in .svg or .pdf.",
         default="text to stdout, or a file named after the plan",
     )
     force: bool = _force()

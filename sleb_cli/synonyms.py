@@ -39,7 +39,7 @@ SYNONYMS: Mapping[str, str] = {
     "indices.",
     **dict.fromkeys(
         ["exporter csv", "exporter markdown", "exporter svg"],
-        "Use table, and -o table.csv, .md or .svg.",
+        "Use table, and -o table.csv, .md, .tex, .svg or .pdf.",
     ),
     "exporter gguf": "`sleb apply` writes GGUF files.",
     "exporter ollama": "Write `FROM ./model.gguf` into a Modelfile.",

@@ -84,5 +84,7 @@ class Exporter(ABC):
     several: ClassVar[bool] = False
 
     @abstractmethod
-    def export(self, pruning: Pruning) -> str:
-        """Return the text for the other tool or the reader, ending in a newline."""
+    def export(self, pruning: Pruning) -> str | bytes:
+        """Return the text for the other tool or the reader, ending in a newline; or bytes for
+        `pruning.output`.
+        """

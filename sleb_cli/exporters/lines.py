@@ -39,7 +39,8 @@ def search_lines(plan: Plan) -> list[Line]:
     """Return the perplexity of the text of the search and of its held-out sequences."""
     lines = []
     for name, series in perplexities(plan).items():
-        lines.append(Line(name, {size: (value, None) for size, value in enumerate(series)}))
+        values: dict[int, Estimate] = {size: (value, None) for size, value in enumerate(series)}
+        lines.append(Line(name, values, (name, plan.calibration.tokens_sha256)))
     return lines
 
 

@@ -27,7 +27,7 @@ def search_settings(plan: Plan) -> Table:
     engine: str = search.engine
     if search.engine_reason:
         engine += f": {search.engine_reason}"
-    computed = f"{model.computed_in(search.dtype)} on {search.device}, batch {search.batch_size}"
+    computed = f"{model.computed_in(search.dtype)} on {search.device}"
     rows = [
         ("model", model.id),
         ("revision", model.revision),
@@ -43,6 +43,7 @@ def search_settings(plan: Plan) -> Table:
         ("BOS before each sequence", "yes" if text.bos else "no"),
         ("hash of the tokens", text.tokens_sha256[:16]),
         ("data type and device", computed),
+        ("batch", str(search.batch_size)),
         ("engine", engine),
         ("started", environment.started),
         ("took", format_seconds(environment.seconds)),

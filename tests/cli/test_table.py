@@ -130,4 +130,20 @@ def test_blocks_and_experts_share_no_axis(sleb, measured, tmp_path):
     told = sleb("export", "a/plan.json", experts, "--to table -o table.svg", code=2).stderr
     assert "these plans remove blocks and experts of each block" in told
     row = {"removed": 2, "removed from": "8 experts of each block", "piqa": (0.7, None)}
-    assert "By experts of each block removed;" in draw_figure(PlanTable([row], {"piqa": str}))
+    assert (
+        "By experts of each block removed;"
+        in draw_figure("svg", PlanTable([row], {"piqa": str})).decode()
+    )
+
+
+def test_papers_have_latex_and_pdf_also_of_plans_without_an_evaluation(sleb, tmp_path):
+    pytest.importorskip("matplotlib")
+    plan = make_plan(12, 6, text="my_50%.txt", raced=False)
+    write_measured(tmp_path, plan)
+    sleb("export plan.json --to table -o table.tex")
+    latex = (tmp_path / "table.tex").read_text()
+    assert r"perplexity, searched on my\_50\%.txt: 16 x 2048 tokens" in latex
+    assert f"& {plan.steps[0].perplexity:.2f} &" in latex
+    assert "batch" not in latex
+    sleb("export plan.json --to table -o figure.pdf")
+    assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")

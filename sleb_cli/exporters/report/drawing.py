@@ -1,4 +1,4 @@
-"""The look of every picture: SVG on white, drawn by matplotlib."""
+"""The look of every picture: SVG or PDF on white, drawn by matplotlib."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def is_narrow(figure: Figure) -> bool:
     return bool(figure.get_figwidth() * 72 < WIDTH)
 
 
-def render_svg(plot: Plot, width: float = WIDTH) -> bytes:
-    """Draw a picture as an SVG file."""
+def render(plot: Plot, width: float = WIDTH, form: str = "svg") -> bytes:
+    """Draw a picture as a file of this form: svg or pdf."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -80,9 +80,13 @@ def render_svg(plot: Plot, width: float = WIDTH) -> bytes:
         height = plot.height * (plot.panels if width < WIDTH else 1)
         figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
         plot.draw(figure)
-        metadata = {"Title": plot.title, "Description": plot.caption, "Date": None, "Creator": None}
+        metadata = {"Title": plot.title, "Creator": None}
+        if form == "svg":
+            metadata |= {"Description": plot.caption, "Date": None}
+        else:
+            metadata |= {"Subject": plot.caption, "CreationDate": None}
         file = io.BytesIO()
-        figure.savefig(file, format="svg", dpi=72, metadata=metadata)
+        figure.savefig(file, format=form, dpi=72, metadata=metadata)
     return file.getvalue()
 
 

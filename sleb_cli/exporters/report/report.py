@@ -5,7 +5,7 @@ from urllib.parse import quote
 
 from sleb_cli.exporters.findings import Findings, read_comparison, read_findings
 from sleb_cli.exporters.headline import every_size, sentences, verdicts, warnings
-from sleb_cli.exporters.report.drawing import NARROW, WIDTH, Plot, render_svg, require_extra
+from sleb_cli.exporters.report.drawing import NARROW, WIDTH, Plot, render, require_extra
 from sleb_cli.exporters.report.sections import sections
 from sleb_cli.tables.comparison import comparison_tables, conclusions
 from sleb_cli.tables.quality import perplexity_change
@@ -69,7 +69,7 @@ class Report(Exporter):
 
 def _to_url(plot: Plot, width: float = WIDTH) -> str:
     # As text in a data URL, an SVG is shorter than in base64. A list of images ends at a space.
-    return quote(render_svg(plot, width), safe="!$()*+,/:;=?@[]^{|}~")
+    return quote(render(plot, width), safe="!$()*+,/:;=?@[]^{|}~")
 
 
 def cards(findings: Findings) -> list[tuple[str, str, str]]:

@@ -8,7 +8,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING
 
 from sleb_cli.exporters.lines import Line
-from sleb_cli.exporters.report.drawing import WIDTH, Plot, draw_by_size, render_svg, require_extra
+from sleb_cli.exporters.report.drawing import WIDTH, Plot, draw_by_size, render, require_extra
 from sleb_cli.exporters.table.rows import PlanTable
 from sleb_cli.units import format_perplexity
 from sleb_plugins.errors import UsageError
@@ -25,8 +25,8 @@ _LOG_SCALE_RATIO = 4
 """
 
 
-def draw_figure(table: PlanTable) -> str:
-    """Draw the figure as SVG.
+def draw_figure(form: str, table: PlanTable) -> bytes:
+    """Draw the figure as SVG or PDF.
 
     Raises:
         UsageError: nothing was measured of the plans, or they remove different parts.
@@ -46,7 +46,7 @@ def draw_figure(table: PlanTable) -> str:
     height = _PANEL * panel_rows + _LEGEND * legend_rows
     caption = f"By {parts} removed; bars are 95% intervals of the difference from the dense model."
     plot = Plot("Plans", caption, height, partial(_draw, table, panel_rows, legend_columns))
-    return render_svg(plot).decode()
+    return render(plot, form=form)
 
 
 def _removed_parts(table: PlanTable) -> str:

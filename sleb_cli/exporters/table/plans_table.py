@@ -1,7 +1,8 @@
 """Export the measurements of several plans as one table or figure."""
 
 import csv
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
 from io import StringIO
 
@@ -11,9 +12,14 @@ from sleb_cli.exporters.table.rows import METHOD, SETTINGS, PlanTable, plan_tabl
 from sleb_cli.results import EvalResult
 from sleb_cli.tables.comparison import comparison_tables, conclusions
 from sleb_cli.tables.quality import Estimate
-from sleb_cli.tables.table import Column, between, in_markdown, tabulate, to_markdown
+from sleb_cli.tables.table import Column, Table, between, in_markdown, tabulate, to_markdown
 from sleb_plugins.errors import UsageError
 from sleb_plugins.exporter import Exporter, Pruning
+
+_INTERVALS = (
+    "In brackets: 95% intervals of the difference from the dense model, on the same tokens, items "
+    "and runs."
+)
 
 
 class PlansTable(Exporter):
@@ -21,25 +27,31 @@ class PlansTable(Exporter):
 
     name = "table"
     description = (
-        "what was measured of plans, a row for each size: Markdown, or a .csv or .svg file"
+        "what was measured of plans, by size: a .md, .csv or .tex table, an .svg or .pdf figure"
     )
     needs_model = False
     compares = True
     several = True
 
-    def export(self, pruning: Pruning) -> str:
+    def export(self, pruning: Pruning) -> str | bytes:
         """Return the table in the format of the output's suffix.
 
         Raises:
             UsageError: there is no such format, or nothing was measured that a figure could show.
             MachineError: the output is a figure, and matplotlib is not installed.
         """
-        formats = {".md": _to_markdown, ".csv": _to_csv, ".svg": draw_figure}
+        formats: dict[str, Callable[[PlanTable], str | bytes]] = {
+            ".md": _to_markdown,
+            ".csv": _to_csv,
+            ".tex": _to_latex,
+            ".svg": partial(draw_figure, "svg"),
+            ".pdf": partial(draw_figure, "pdf"),
+        }
         suffix = pruning.output.suffix if pruning.output else ".md"
         if suffix not in formats:
             raise UsageError(
                 f"A table cannot be {pruning.output}.",
-                hint="Use a name that ends in .md, .csv or .svg.",
+                hint="Use a name that ends in .md, .csv, .tex, .svg or .pdf.",
             )
         comparison = read_comparison(pruning)
         if comparison:
@@ -65,7 +77,7 @@ def _comparison_to_markdown(result: EvalResult) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _to_markdown(table: PlanTable) -> str:
+def _tabulate(table: PlanTable) -> Table:
     shared = table.shared  # below the table, so that people see what differs
     columns: list[Column] = [(name, str) for name in METHOD]
     for name, form in table.measured.items():
@@ -76,16 +88,32 @@ def _to_markdown(table: PlanTable) -> str:
     rows = []
     for row in table.rows:
         rows.append([row.get(name) for name, _ in columns])
-    lines = to_markdown(tabulate("", columns, rows))
-    lines.append("")
-    lines.append(
-        "In brackets: 95% intervals of the difference from the dense model, on the same tokens, "
-        "items and runs."
-    )
-    lines.append("")
-    for name, value in shared.items():
+    return tabulate("", columns, rows)
+
+
+def _to_markdown(table: PlanTable) -> str:
+    lines = [*to_markdown(_tabulate(table)), "", _INTERVALS, ""]
+    for name, value in table.shared.items():
         lines.append(f"- {name}: {in_markdown(value)}")
     return "\n".join(lines) + "\n"
+
+
+def _to_latex(table: PlanTable) -> str:
+    """Write the table for LaTeX with booktabs, and the settings that all rows share as comments."""
+    shown = _tabulate(table)
+    numbers = range(len(shown.columns))
+    kinds = "".join("l" if shown.is_words(number) else "r" for number in numbers)
+    lines = [f"% {_INTERVALS}"]
+    for name, value in table.shared.items():
+        lines.append(f"% {name}: {' '.join(value.split())}")
+    lines += [rf"\begin{{tabular}}{{{kinds}}}", r"\toprule", _latex_row(shown.columns), r"\midrule"]
+    lines += [*map(_latex_row, shown.rows), r"\bottomrule", r"\end{tabular}"]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    row = re.sub(r"[\\~^]", r"\\char`\\\g<0> ", "\0".join(cells))
+    return re.sub(r"[&%$#_{}]", r"\\\g<0>", row).replace("\0", " & ") + r" \\"
 
 
 def _format_estimate(form: Callable[[float], str], estimate: Estimate) -> str:

@@ -11,6 +11,7 @@ from sleb_cli.exporters.lines import (
     Line,
     corpus_line,
     mean_line,
+    search_lines,
     speed_line,
     task_line,
     text_line,
@@ -129,7 +130,7 @@ def _columns(plans: Sequence[Findings]) -> dict[Hashable, Column]:
         for result in findings.workloads:
             name = f"{workload_name(result)}, times as fast"
             speeds[result.workload.identity] = (name, "{:.2f}x".format)
-    columns: dict[Hashable, Column] = {}
+    columns = _search_columns(plans)
     names = text_names(list(texts.values()), partial(_seen_in, plans))
     for key, name in zip(texts, names, strict=True):
         columns[key] = (f"perplexity, {name}", format_perplexity)
@@ -139,6 +140,24 @@ def _columns(plans: Sequence[Findings]) -> dict[Hashable, Column]:
     for key, name in zip(corpora, corpus_names(list(corpora.values())), strict=True):
         columns[key] = (name, "{:.3f}".format)
     return {**columns, **speeds}
+
+
+def _search_columns(plans: Sequence[Findings]) -> dict[Hashable, Column]:
+    """Return the columns for the texts of searches, of plans that were not evaluated."""
+    columns: dict[Hashable, Column] = {}
+    keys: dict[str, Hashable] = {}
+    for findings in plans:
+        text = findings.plan.calibration
+        for line in _search_lines(findings):
+            name = f"perplexity, {line.name} {text}"
+            if keys.setdefault(name, line.key) != line.key:
+                name += f" (tokens {text.tokens_sha256[:8]})"
+            columns[line.key] = (name, format_perplexity)
+    return columns
+
+
+def _search_lines(findings: Findings) -> list[Line]:
+    return [] if findings.evaluation else search_lines(findings.plan)
 
 
 def _seen_in(plans: Sequence[Findings], text: TextResult) -> list[str]:
@@ -160,6 +179,7 @@ def _lines(findings: Findings, averaged: Collection[Hashable]) -> list[Line]:
     # A mean of other tasks would not compare.
     if len(tasks) == len(averaged) > 1:
         lines.append(mean_line(findings.plan, list(tasks.values())))
+    lines += _search_lines(findings)
     lines += [corpus_line(corpus) for corpus in findings.corpora]
     lines += [speed_line(result) for result in findings.workloads]
     return lines
