@@ -73,14 +73,11 @@ def verdicts(findings: Findings) -> list[str]:
             faster = timing.interval.low > 1
             names = worth if faster else not_worth
             names.append(f"{workload_name(result)} ({timing.speedup:.2f}x)")
-    sides = []
-    if worth:
-        sides.append(f"worth it for {', '.join(worth)}")
-    if not_worth:
-        sides.append(f"not worth it for {', '.join(not_worth)}")
     lines = []
-    if sides:
-        lines.append(f"This size is {'; '.join(sides)}.")
+    if worth:
+        lines.append(f"This size is worth it for {'; '.join(worth)}.")
+    if not_worth:
+        lines.append(f"This size is not worth it for {'; '.join(not_worth)}.")
     for use, words in judged.items():
         lines.append(f"For {use}: {words}.")
     return lines

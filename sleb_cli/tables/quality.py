@@ -205,8 +205,9 @@ def divergences(scored: Iterable[Scored]) -> Table:
             rows.append([name, model, kl, kl.median, kl.p99, kl.same_top, kl.accepted])
     notes = [
         "KL: how far the predictions are from the dense model's, in nats per token; 0 is equal. "
-        "same top: positions at which both models find the same token most likely. accepted: "
-        "tokens drawn from this model that the dense one would keep, if this one drafted for it."
+        "99%: what 1% of the tokens exceed. same top: positions at which both models find the same "
+        "token most likely. accepted: tokens drawn from this model that the dense one would keep, "
+        "if this one drafted for it."
     ]
     return tabulate("Divergence from the dense model", columns, rows, notes)
 

@@ -72,6 +72,7 @@ def speeds(timed: Iterable[Scored], result: BenchResult) -> Table:
     note = "Workloads: batch x prompt tokens + new tokens."
     if reads:
         note = "Workloads: batch x tokens of a text."
+    note += " 95%: interval of the speedup."
     if order.whole_blocks:
         note += " blocks: dense over remaining blocks, about the speedup of a large model."
     return tabulate("Speed", columns, rows, [note])

@@ -239,9 +239,9 @@ def test_the_headline_judges_each_kind_of_use(report):
     evaluation = changed(evaluation, lambda data: data["tasks"][0].update(use="choosing"))
     text = report(plan, evaluation=evaluation, benchmark=make_benchmark(plan)).text
     assert re.search(
-        r"This size is worth it for generation 8x64\+32 \(1\.\d\dx\), prompt 1x512", text
+        r"This size is worth it for generation 8x64\+32 \(1\.\d\dx\); prompt 1x512", text
     )
-    assert "; not worth it for choosing an answer, canaries." in text
+    assert "This size is not worth it for choosing an answer; canaries." in text
     table = text.partition("Every measured size")[2].partition("prompt 1x512: one")[0]
     perplexities = [evaluation.texts[0].dense, *evaluation.texts[0].pruned]
     for model, scores in zip(

@@ -12,7 +12,15 @@ from sleb_cli.exporters.table.rows import METHOD, SETTINGS, PlanTable, plan_tabl
 from sleb_cli.results import EvalResult
 from sleb_cli.tables.comparison import comparison_tables, conclusions
 from sleb_cli.tables.quality import Estimate
-from sleb_cli.tables.table import Column, Table, between, in_markdown, tabulate, to_markdown
+from sleb_cli.tables.table import (
+    WORKLOADS,
+    Column,
+    Table,
+    between,
+    in_markdown,
+    tabulate,
+    to_markdown,
+)
 from sleb_plugins.errors import UsageError
 from sleb_plugins.exporter import Exporter, Pruning
 
@@ -93,6 +101,8 @@ def _tabulate(table: PlanTable) -> Table:
 
 def _to_markdown(table: PlanTable) -> str:
     lines = [*to_markdown(_tabulate(table)), "", _INTERVALS, ""]
+    if any("times as fast" in name for name in table.measured):
+        lines += [WORKLOADS, ""]
     for name, value in table.shared.items():
         lines.append(f"- {name}: {in_markdown(value)}")
     return "\n".join(lines) + "\n"
