@@ -42,9 +42,7 @@ def main() -> None:
     """Write the figure."""
     file = Path(sys.argv[1]) if sys.argv[1:] else PAGE.with_suffix(".svg")
     rows = read_rows(PAGE.read_text(encoding="utf-8"))
-    file.write_text(
-        draw_figure(PlanTable(rows, dict.fromkeys(TEXTS, format_perplexity))), encoding="utf-8"
-    )
+    file.write_bytes(draw_figure("svg", PlanTable(rows, dict.fromkeys(TEXTS, format_perplexity))))
 
 
 if __name__ == "__main__":

@@ -316,8 +316,8 @@ def test_mistakes_are_answered_in_a_sentence(sleb, parent, tiny_encoder, llama_p
         file.unlink()
     cases = [
         ([parent, "--against", parent], 2, "are the same model"),
-        ([tmp_path / "nothing", "--against", parent], 4, "nothing is neither"),
-        ([parent, "--against", tmp_path / "nothing"], 4, "nothing is neither"),
+        ([tmp_path / "nothing", "--against", parent], 4, "There is no folder or file"),
+        ([parent, "--against", tmp_path / "nothing"], 4, "There is no folder or file"),
         ([bare, "--against", parent], 4, "has no tokenizer"),
         ([llama_plan, "--against", parent], 2, "is a plan"),
         ([parent, "--against", llama_plan], 2, "is a plan"),

@@ -189,7 +189,6 @@ FIRST = [
     ("export PLAN --to tabel", 2, "Did you mean 'table'?"),
     ("export PLAN --to csv", 2, "Use table"),
     ("export PLAN --to table -o table.html", 2, "A table cannot be table.html"),
-    ("export PLAN --to table -o table.svg", 2, "Nothing was measured"),
     ("export PLAN no/plan.json --to table", 3, "no plan no/plan.json"),
     ("export PLAN PLAN --to indices", 2, "--to indices describes one plan, not 2"),
     ("export PLAN --to indices --source x.gguf", 2, "--source does not apply to --to indices"),

@@ -274,7 +274,7 @@ RUN = "class L(sleb.LoadedModel):\n        run = close = lambda *_: {}\n    load
             "score_block = lambda *_: exit('no licence')",
             "raised SystemExit: no licence (mistaken.py, line 5)",
         ),
-        ("Exporter", "export = lambda *_: b''", "returned b'' from export, not a str"),
+        ("Exporter", "export = lambda *_: 1", "returned 1 from export, not a str or bytes"),
         ("Engine", "load = lambda *_: None", "returned None from load, not a LoadedModel"),
         (
             "Engine",
