@@ -209,7 +209,7 @@ def test_what_is_kept_is_measured_once(sleb, run_sleb, tiny_encoder, beir, text_
     assert "Measured before: beir." in again.said
     assert again.stdout == more.stdout
     name, score = re.search(
-        r"(nDCG@10, old index).+?-2 +│ (0\.\d+)", again.stdout, re.DOTALL
+        r"(nDCG@10, old index).+?without 2 +│ (0\.\d+)", again.stdout, re.DOTALL
     ).groups()
     sleb("export plan.json --to report -o report.html")
     assert f">{score}<" in Path("report.html").read_text()
