@@ -398,6 +398,11 @@ def register() -> None:
     if _library:
         return
     backend_registration._setup_privateuseone_for_python_backend(KIND, backend_module=backend)
+    # Torch has no allocator of ours to ask.
+    torch.accelerator.empty_cache = lambda: None
+    torch.accelerator.get_memory_info = backend.mem_get_info
+    torch.accelerator.memory_allocated = backend.memory_allocated
+    torch.accelerator.memory_reserved = backend.memory_allocated
     library = torch.library.Library("aten", "IMPL")
     library.impl("empty.memory_format", _empty, "PrivateUse1")
     library.impl("empty_strided", _empty, "PrivateUse1")
