@@ -217,13 +217,17 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
             request, named, exporter, ready.files, ready.registry, notify
         )
         text = exporter.export(pruning)
+    shown: str | None = None
     if output is not None:
         write_text(output, text, replace=request.force)
+    else:
+        assert isinstance(text, str)
+        shown = text
     return ExportResult(
         **THIS_VERSION,
         kind="export",
         exporter=exporter.name,
-        text=None if output else str(text),
+        text=shown,
         file=str(output) if output else None,
     )
 

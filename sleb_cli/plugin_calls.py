@@ -41,7 +41,7 @@ _RETURNED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "fingerprint": (str, "a str"),
     "score_block": ((int, float), _NUMBER),
     "score_model": ((int, float), _NUMBER),
-    "export": ((str, bytes), "a str or bytes"),
+    "export": (str, "a str"),
     "load": (LoadedModel, "a LoadedModel"),
 }
 """The type that a method returns, and its name in errors."""
@@ -136,6 +136,8 @@ def _needed_instead(name: str, result: Any, given: tuple[Any, ...]) -> str | Non
     """Describe what a method should have returned, if it returned something else."""
     if name in _RETURNED:
         kind, words = _RETURNED[name]
+        if name == "export" and given[0].output:
+            kind, words = (str, bytes), "a str or bytes"  # a file may hold what no terminal shows
         # The NaN of a whole model may be the model's fault.
         is_nan = name == "score_block" and result != result
         if isinstance(result, str) and result != result.encode(errors="replace").decode():

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -217,7 +218,7 @@ CALLS = {
     "WeightMetric": lambda metric: metric.score_block(None, 0),
     "ExpertMetric": lambda metric: metric.score_experts(USE, 0),
     "ModelMetric": lambda metric: metric.with_argument("2").fingerprint(),
-    "Exporter": lambda exporter: exporter.export(None),
+    "Exporter": lambda exporter: exporter.export(SimpleNamespace(output=None)),
     "Engine": lambda engine: engine.load(None, None).run([[1]], 2),
 }
 SHAPE = "not a number for each position: a tensor of shape"
@@ -274,7 +275,7 @@ RUN = "class L(sleb.LoadedModel):\n        run = close = lambda *_: {}\n    load
             "score_block = lambda *_: exit('no licence')",
             "raised SystemExit: no licence (mistaken.py, line 5)",
         ),
-        ("Exporter", "export = lambda *_: 1", "returned 1 from export, not a str or bytes"),
+        ("Exporter", "export = lambda *_: b''", "returned b'' from export, not a str"),
         ("Engine", "load = lambda *_: None", "returned None from load, not a LoadedModel"),
         (
             "Engine",
