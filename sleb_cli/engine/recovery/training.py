@@ -183,9 +183,14 @@ class Training:
 
     def _check(self, loss: float) -> None:
         progress = self.progress
-        texts = {source: self._sum(batches) for source, batches in self.texts.checked.items()}
-        means = {source: total / targets for source, (total, targets) in texts.items()}
-        total, targets = map(sum, zip(*texts.values(), strict=True))
+        means = {}
+        total = 0.0
+        targets = 0
+        for source, batches in self.texts.checked.items():
+            of_source, count = self._sum(batches)
+            means[source] = of_source / count
+            total += of_source
+            targets += count
         divergence = total / targets
         if progress.steps == 0 and not math.isfinite(divergence):
             raise ModelError(
