@@ -398,11 +398,6 @@ def register() -> None:
     if _library:
         return
     backend_registration._setup_privateuseone_for_python_backend(KIND, backend_module=backend)
-    # Torch has no allocator of ours to ask.
-    torch.accelerator.empty_cache = lambda: None
-    torch.accelerator.get_memory_info = backend.mem_get_info
-    torch.accelerator.memory_allocated = backend.memory_allocated
-    torch.accelerator.memory_reserved = backend.memory_allocated
     library = torch.library.Library("aten", "IMPL")
     library.impl("empty.memory_format", _empty, "PrivateUse1")
     library.impl("empty_strided", _empty, "PrivateUse1")
@@ -443,8 +438,10 @@ def simulate(*, memory: int = 2**33, float64: bool = True) -> Iterator[Backend]:
     # A module that moves to the device keeps its parameters, as on a GPU: tied weights stay tied.
     name = "_swap_module_params_on_conversion"
     with_ties = mock.patch.object(torch.__future__, name, True)
+    # Torch would ask an allocator that a backend in Python cannot have.
+    with_our_cache = mock.patch.object(torch.accelerator, "empty_cache", backend.empty_cache)
     try:
-        with with_one_thread, with_our_errors, with_ties:
+        with with_one_thread, with_our_errors, with_ties, with_our_cache:
             yield backend
     finally:
         backend.available = False
