@@ -147,3 +147,13 @@ def test_papers_have_latex_and_pdf_also_of_plans_without_an_evaluation(sleb, tmp
     assert "batch" not in latex
     sleb("export plan.json --to table -o figure.pdf")
     assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_figure_needs_a_measurement(sleb, tmp_path):
+    plan = make_plan(12, 6)
+    # As of a model that only reads.
+    dense = plan.dense.model_copy(update={"perplexity": None})
+    steps = tuple(step.model_copy(update={"perplexity": None}) for step in plan.steps)
+    write_measured(tmp_path, plan.model_copy(update={"dense": dense, "steps": steps}))
+    told = sleb("export plan.json --to table -o table.svg", code=2).said
+    assert "Nothing was measured of these plans." in told
