@@ -39,7 +39,10 @@ def test_healing_brings_the_outputs_back(model, healed, request, tmp_path):
     (after,) = re.findall(r"healed on [\d,]+ tokens[ │]+(\S+)", result.stdout)
     assert float(after) < 0.8 * float(before)
     (left,) = re.findall(r"(\d+)% of the distance from the dense model is left", result.stdout)
-    assert int(left) == pytest.approx(100 * float(after) / float(before), abs=1)
+    half = 0.5 * 10 ** -len(after.partition(".")[2])  # how far the shown figures may be rounded
+    lowest = (float(after) - half) / (float(before) + half)
+    highest = (float(after) + half) / (float(before) - half)
+    assert round(100 * lowest) <= int(left) <= round(100 * highest)
     assert f"| {after} |" in (tmp_path / "out" / "README.md").read_text()
     old, new = weights_of(folder), weights_of(tmp_path / "out")
     for name, value in new.items():
