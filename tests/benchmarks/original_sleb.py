@@ -3,9 +3,10 @@
     git clone https://github.com/jiwonsong-dev/SLEB && pip install -r SLEB/requirements.txt
     python tests/benchmarks/original_sleb.py SLEB MODEL TEXT plan.json
 
-Run it in an environment of its own, with the original's old transformers. TEXT must have exactly
-the sequences that the plan was searched on, in float32 and without --fast, and the plan's MODEL
-must begin no sequence with a token of its own. The original is MIT-licensed, by Song et al.
+Run it in an environment of its own, with the original's old transformers, or 4.45 where that reads
+the tokenizer's file. Search in float32 and without --fast, on a TEXT of no more tokens than
+--samples times --sequence-length and a few, and with a MODEL that begins no sequence with BOS. The
+original is MIT-licensed, by Song et al.
 """
 
 from __future__ import annotations
