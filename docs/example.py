@@ -1,8 +1,8 @@
 # %% [markdown]
 # # First run
 #
-# From a model to a faster one, as a script or a notebook: minutes on two cores, without a GPU. In Colab, first run
-# `%pip install sleb`.
+# From a model to a faster one, as a script or a notebook: minutes on two cores, without a GPU. In Colab, first clone sleb's repository, and run
+# `%pip install ./sleb`.
 
 # %% [markdown]
 # ## Choose a model and a text: `self` is text that the model writes
