@@ -141,7 +141,7 @@ class Findings:
     def missing(self) -> list[tuple[str, str]]:
         """What was not measured, each with the command that measures it."""
         plan = self.plan_argument
-        model = in_shell(self.plan.model.id)
+        search = f"sleb search --config {plan}"
         evaluate = f"sleb eval {plan}"
         if not self.plan.recovery:  # recovered weights fit one size only
             evaluate += " --every 2"
@@ -156,9 +156,9 @@ class Findings:
         if not self.main_workloads:
             gaps.append(("speed and memory", f"sleb bench {plan} --every 2"))
         if not self.plan.dense.held_out:
-            gaps.append(("loss on held-out text", f"sleb search {model} --holdout 0.2 …"))
+            gaps.append(("loss on held-out text", f"{search} --holdout 0.2 -o held_out.json"))
         if not (reads or self.plan.sample_generation):
-            gaps.append(("what both models say", f"sleb search {model} …"))
+            gaps.append(("what both models say", f"{search} --sample-tokens 48 -o said.json"))
         return gaps
 
 

@@ -155,13 +155,14 @@ def _draw_kept(lines: Sequence[Line], unit: str, figure: Figure) -> None:
 def perplexity_plot(findings: Findings) -> Plot | None:
     """Plot the perplexity change by size."""
     lines = [changes(line) for line in search_lines(findings.plan)]
-    lines += text_changes(findings)
+    measured = text_changes(findings)
+    lines += measured
     if not lines:
         return None
     unit = findings.plan.unit
-    caption = (
-        "Both models read the same tokens, so bars are 95% intervals of the paired difference."
-    )
+    caption = "Both models read the same tokens."
+    if measured:
+        caption = f"{caption[:-1]}, so bars are 95% intervals of the paired difference."
     draw = partial(_draw_changes, lines, unit)
     return Plot(f"Change in perplexity by {unit} removed", caption, 280, draw)
 
