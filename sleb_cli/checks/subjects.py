@@ -19,6 +19,7 @@ from sleb_cli.requests import (
     Unit,
 )
 from sleb_cli.results import EvalResult
+from sleb_cli.units import in_shell
 from sleb_plugins import PlanError, SlebError, UsageError
 
 _FOR_BLOCKS = "recover device_map"
@@ -146,7 +147,7 @@ def _require_applicable(request: SubjectRequest, path: Path, plan: Plan) -> None
 def _no_blocks_error(path: Path) -> SlebError:
     if not path.exists():
         return no_plan(path)
-    named = "a plan"
+    named = f"a plan, which `sleb search {in_shell(str(path))} --ratio 0.2` writes"
     for file in sorted({*path.parent.glob("*.json"), *Path().glob("*.json")}):
         with suppress(PlanError):
             if Path(read_plan(file).made_for.id) in (path.absolute(), path.resolve()):

@@ -75,6 +75,8 @@ def _show_next(plan: Plan, output: Path) -> None:
         if fewer:
             label = "next, with fewer blocks removed"
             apply += f" --remove {fewer}"
+    if plan.model.output is not None:  # vectors stay close to an old index only if healed
+        apply += " --heal"
     if plan.model.id == DEMO:
         print_line(SMALL_MODELS)
         apply += " --recover"

@@ -115,7 +115,8 @@ def test_a_journal_of_another_search_is_refused(search, tiny_llama, tiny_gpt2, t
         assert difference in search(*again, changes, model=folder, code=3).stderr
     template = folder / "chat_template.jinja"
     template.write_text("{{ messages }}")
-    assert "belongs to another search (model.files: " in search(*again, model=folder, code=3).stderr
+    refused = search(*again, model=folder, code=3).stderr
+    assert "belongs to another search (now model.files: " in refused
     template.unlink()
     refused = search(*again, model=tiny_gpt2, code=3).stderr
     assert "model.files" in refused

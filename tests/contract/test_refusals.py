@@ -168,7 +168,7 @@ FIRST = [
     ("eval no/model --every 1", 2, "needs a plan or --blocks"),
     ("eval MODEL --remove 1", 2, "Name its plan, llama-plan.json, or use --blocks"),
     ("apply bad.gguf", 2, "Name its plan, of-gguf.json, or use --blocks"),
-    ("apply bare", 2, "Name a plan, or use --blocks"),
+    ("apply bare", 2, "Name a plan, which `sleb search bare --ratio 0.2` writes, or use --blocks"),
     ("eval no/model --blocks 1,2,3 --remove 2,4", 2, "Use --remove 1 to 3"),
     ("eval PLAN --remove 0", 2, "Use --remove 1 to 2"),
     ("eval PLAN --perplexity TEXT,", 2, "--perplexity has an empty value"),

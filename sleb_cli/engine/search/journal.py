@@ -267,7 +267,7 @@ def _check_header(line: bytes, path: Path, search: Mapping[str, Any]) -> None:
     differing = differences(search, begun)
     if differing:
         raise PlanError(
-            f"{path} belongs to another search ({differing}).",
+            f"{path} belongs to another search (now {differing}).",
             hint="Use the same model, data, metric and settings, or start over with --force.",
         )
 
