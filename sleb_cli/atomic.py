@@ -284,6 +284,8 @@ def clear(folder: Path) -> None:
         old.rename(target)
     for leftover in (folder, old):
         if leftover.is_dir() and not leftover.is_symlink():
+            for inside, _, _ in os.walk(leftover):
+                Path(inside).chmod(0o700)  # the old version may be read-only
             shutil.rmtree(leftover)
     old.unlink(missing_ok=True)  # a link to a folder
 
