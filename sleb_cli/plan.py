@@ -372,10 +372,13 @@ class RecoveryRecord(Record):
     def summaries(self) -> list[str]:
         """Say what is back on each measured text; on text unlike that of the fit, less is."""
         _, written, on_answers = self.models[-1]
-        text = f"on held-out text like that of the fit ({self.test_text})"
         if self.is_of_reader:
             left = written.left_of(self.pruned)
-            return [f"{text}, {left:.0%} of the distance from the dense model is left"]
+            return [
+                f"on {self.test_text.sequences} held-out texts like those of the fit "
+                f"({self.test_text.title}), {left:.0%} of the distance from the dense model is left"
+            ]
+        text = f"on held-out text like that of the fit ({self.test_text})"
         summaries = [f"{text}, {_what_is_back(self.dense, self.pruned, written)}"]
         answers = self.conversations
         if answers and on_answers:
