@@ -25,8 +25,8 @@ from sleb_plugins.errors import UsageError
 from sleb_plugins.exporter import Exporter, Pruning
 
 _INTERVALS = (
-    "In brackets: 95% intervals of the difference from the dense model, on the same tokens, items "
-    "and runs."
+    "In brackets: 95% intervals of the difference from the dense model, added to the value, on the "
+    "same tokens, items and runs."
 )
 
 
