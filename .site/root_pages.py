@@ -1,4 +1,4 @@
-"""The pages in the repository's root, as pages of the site."""
+"""What pages link to outside of `docs/`, as files of the site."""
 
 import re
 from pathlib import Path
@@ -14,6 +14,7 @@ PAGES = {
     "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
     "CITATION.cff": "CITATION.cff",
+    "tests/reference.py": "tests/reference.py",
 }
 
 
