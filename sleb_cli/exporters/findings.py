@@ -9,6 +9,7 @@ from sleb_cli.atomic import to_json
 from sleb_cli.engine.output.measured import S, of_size
 from sleb_cli.order import SizeKey
 from sleb_cli.plan import Plan
+from sleb_cli.requests import DEFAULT_SAMPLE_TOKENS
 from sleb_cli.results import (
     BenchResult,
     CorpusResult,
@@ -45,6 +46,11 @@ class Findings:
         """The plan's file name, quoted for a shell."""
         # Without its folder, since a report may be published.
         return in_shell(self.file.name)
+
+    @property
+    def search_again(self) -> str:
+        """The command that repeats the search, but for the name of its plan."""
+        return f"sleb search --config {self.plan_argument}"
 
     def at_plan_size(self, entries: Iterable[S]) -> S | None:
         """Return the entry for the plan's removals, if there is one."""
@@ -141,7 +147,6 @@ class Findings:
     def missing(self) -> list[tuple[str, str]]:
         """What was not measured, each with the command that measures it."""
         plan = self.plan_argument
-        search = f"sleb search --config {plan}"
         evaluate = f"sleb eval {plan}"
         if not self.plan.recovery:  # recovered weights fit one size only
             evaluate += " --every 2"
@@ -156,9 +161,12 @@ class Findings:
         if not self.main_workloads:
             gaps.append(("speed and memory", f"sleb bench {plan} --every 2"))
         if not self.plan.dense.held_out:
-            gaps.append(("loss on held-out text", f"{search} --holdout 0.2 -o held_out.json"))
+            gaps.append(
+                ("loss on held-out text", f"{self.search_again} --holdout 0.2 -o held_out.json")
+            )
         if not (reads or self.plan.sample_generation):
-            gaps.append(("what both models say", f"{search} --sample-tokens 48 -o said.json"))
+            sample = f"--sample-tokens {DEFAULT_SAMPLE_TOKENS}"
+            gaps.append(("what both models say", f"{self.search_again} {sample} -o said.json"))
         return gaps
 
 

@@ -162,7 +162,7 @@ def perplexity_plot(findings: Findings) -> Plot | None:
     unit = findings.plan.unit
     caption = "Both models read the same tokens."
     if measured:
-        caption = f"{caption[:-1]}, so bars are 95% intervals of the paired difference."
+        caption += " Bars are 95% intervals of the paired difference."
     draw = partial(_draw_changes, lines, unit)
     return Plot(f"Change in perplexity by {unit} removed", caption, 280, draw)
 
