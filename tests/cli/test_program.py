@@ -77,7 +77,7 @@ ON_TORCH = [
     ("bench MODEL --blocks 1 --prompt --prompt-length 8 --iterations 1".split(), NOT_FOR_ALL),
     (
         "eval MODEL --blocks 1 --perplexity TEXT --sequence-length 16".split(),
-        ["sleb_cli.engine.search.run", *NOT_FOR_ALL],
+        ["sleb_cli.engine.search", *NOT_FOR_ALL],
     ),
     (
         "search MODEL --calibration TEXT --samples 2 --remove 1 --sample-tokens 0".split(),

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from sleb_cli.checks.searches import CheckedSearch, goal_of
 from sleb_cli.checks.subjects import NamedSubject
 from sleb_cli.engine.model.source import ModelSource, locate_model
-from sleb_cli.engine.search.choices import Protection
 from sleb_cli.events import Notify
 from sleb_cli.names import require_path
 from sleb_cli.plugin_manager import Registry
@@ -60,6 +59,8 @@ def locate_to_cut(named: NamedSubject, notify: Notify) -> ModelSource | GgufFile
 
 def require_possible(checked: CheckedSearch, source: ModelSource, registry: Registry) -> None:
     """Refuse what cannot be removed by config.json and the names of the tensors."""
+    from sleb_cli.engine.search.choices import Protection  # which only a search imports
+
     request = checked.request
     if request.unit == "experts":
         _require_experts(source)
