@@ -25,6 +25,7 @@ from sleb_cli.records import (
     differences,
 )
 from sleb_cli.requests import REPEATED_OPTIONS, TARGET_NAMES, Chat, StrategyName, TargetName, Unit
+from sleb_cli.units import plural
 from sleb_plugins.errors import PlanError, did_you_mean
 
 CHECKPOINT_PLAN = "sleb_plan.json"
@@ -375,7 +376,7 @@ class RecoveryRecord(Record):
         if self.is_of_reader:
             left = written.left_of(self.pruned)
             return [
-                f"on {self.test_text.sequences} held-out texts like those of the fit "
+                f"on {plural(self.test_text.sequences, 'held-out text')} like those of the fit "
                 f"({self.test_text.title}), {left:.0%} of the distance from the dense model is left"
             ]
         text = f"on held-out text like that of the fit ({self.test_text})"

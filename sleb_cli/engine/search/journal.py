@@ -21,6 +21,7 @@ from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.choices import comparable
 from sleb_cli.events import Notice, Notify, Warned, ignore
 from sleb_cli.records import differences
+from sleb_cli.units import plural
 from sleb_plugins.errors import OutputError, PlanError
 
 # A crash of the program loses nothing; a crash of the machine loses at most this many seconds.
@@ -237,7 +238,7 @@ def open_journal(
         journal.open(path, {"format": FORMAT, **search}, resume=resume)
     journal.know_alike()
     if journal.is_saved:
-        notify(Notice(f"Continuing with the {len(journal)} measurements in {path}."))
+        notify(Notice(f"Continuing with the {plural(len(journal), 'measurement')} in {path}."))
     try:
         yield journal
     except BaseException:
