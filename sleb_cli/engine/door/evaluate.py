@@ -281,7 +281,10 @@ def _notices(texts: Sequence[EvaluationWindows], subject: Subject) -> list[str]:
     alone = subject.plan is None and not subject.surgery.cuts and not subject.other
     if alone and plan.is_file():
         command = f"sleb eval {in_shell(str(plan))}"
-        notices.append(f"Measured alone: `{command}` compares it with the dense model.")
+        notices.append(
+            f"Measured alone: `{command}` compares it with the dense model. If that is a folder, "
+            "add --model FOLDER."
+        )
     if subject.recovered:
         name = subject.recovered.source.id
         notices.append(f"The pruned model is {name}, with its recovered weights.")
