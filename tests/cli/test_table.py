@@ -130,10 +130,8 @@ def test_blocks_and_experts_share_no_axis(sleb, measured, tmp_path):
     told = sleb("export", "a/plan.json", experts, "--to table -o table.svg", code=2).stderr
     assert "these plans remove blocks and experts of each block" in told
     row = {"removed": 2, "removed from": "8 experts of each block", "piqa": (0.7, None)}
-    assert (
-        "By experts of each block removed;"
-        in draw_figure("svg", PlanTable([row], {"piqa": str})).decode()
-    )
+    drawn = draw_figure("svg", PlanTable([row], {"piqa": str})).decode()
+    assert "By experts of each block removed.<" in drawn
 
 
 def test_papers_have_latex_and_pdf_also_of_plans_without_an_evaluation(sleb, tmp_path):
@@ -147,6 +145,15 @@ def test_papers_have_latex_and_pdf_also_of_plans_without_an_evaluation(sleb, tmp
     assert "batch" not in latex
     sleb("export plan.json --to table -o figure.pdf")
     assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_latex_has_the_plan_of_each_row_as_a_comment(sleb, measured, tmp_path):
+    sleb("export a/plan.json b/plan.json --to table -o table.tex")
+    latex = (tmp_path / "table.tex").read_text()
+    header = latex.partition(r"\toprule")[2].partition(r"\midrule")[0]
+    assert "plan" not in header
+    assert r" \\ % a/plan.json" in latex
+    assert r" \\ % b/plan.json" in latex
 
 
 def test_a_figure_needs_a_measurement(sleb, tmp_path):

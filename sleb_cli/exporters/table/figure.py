@@ -44,7 +44,9 @@ def draw_figure(form: str, table: PlanTable) -> bytes:
     panel_rows = math.ceil(len(table.measured) / 2)
     legend_rows = 1 + len(methods) // legend_columns
     height = _PANEL * panel_rows + _LEGEND * legend_rows
-    caption = f"By {parts} removed; bars are 95% intervals of the difference from the dense model."
+    caption = f"By {parts} removed."
+    if any(table.has_intervals(name) for name in table.measured):
+        caption += " Bars are 95% intervals of the difference from the dense model."
     plot = Plot("Plans", caption, height, partial(_draw, table, panel_rows, legend_columns))
     return render(plot, form=form)
 

@@ -8,7 +8,7 @@ from io import StringIO
 
 from sleb_cli.exporters.findings import read_comparison, read_findings
 from sleb_cli.exporters.table.figure import draw_figure
-from sleb_cli.exporters.table.rows import METHOD, SETTINGS, PlanTable, plan_table
+from sleb_cli.exporters.table.rows import METHOD, NOT_IN_METHOD, SETTINGS, PlanTable, plan_table
 from sleb_cli.results import EvalResult
 from sleb_cli.tables.comparison import comparison_tables, conclusions
 from sleb_cli.tables.quality import Estimate
@@ -85,12 +85,12 @@ def _comparison_to_markdown(result: EvalResult) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _tabulate(table: PlanTable) -> Table:
+def _tabulate(table: PlanTable, settings: Sequence[str] = SETTINGS) -> Table:
     shared = table.shared  # below the table, so that people see what differs
     columns: list[Column] = [(name, str) for name in METHOD]
     for name, form in table.measured.items():
         columns.append((name, partial(_format_estimate, form)))
-    for name in SETTINGS:
+    for name in settings:
         if name not in shared:
             columns.append((name, str))
     rows = []
@@ -109,15 +109,18 @@ def _to_markdown(table: PlanTable) -> str:
 
 
 def _to_latex(table: PlanTable) -> str:
-    """Write the table for LaTeX with booktabs, and the settings that all rows share as comments."""
-    shown = _tabulate(table)
+    """Write the table for LaTeX with booktabs, and what makes no method different as comments."""
+    shown = _tabulate(table, [name for name in SETTINGS if name not in NOT_IN_METHOD])
     numbers = range(len(shown.columns))
     kinds = "".join("l" if shown.is_words(number) else "r" for number in numbers)
     lines = [f"% {_INTERVALS}"]
     for name, value in table.shared.items():
         lines.append(f"% {name}: {' '.join(value.split())}")
     lines += [rf"\begin{{tabular}}{{{kinds}}}", r"\toprule", _latex_row(shown.columns), r"\midrule"]
-    lines += [*map(_latex_row, shown.rows), r"\bottomrule", r"\end{tabular}"]
+    for cells, row in zip(shown.rows, table.rows, strict=True):
+        plan = " ".join(row.get("plan", "").split())
+        lines.append(f"{_latex_row(cells)} % {plan}".removesuffix(" % "))
+    lines += [r"\bottomrule", r"\end{tabular}"]
     return "\n".join(lines) + "\n"
 
 

@@ -48,7 +48,7 @@ SETTINGS = (
     "timed by",
     "plan",
 )
-_NOT_IN_METHOD = ("search seconds", "windows", "items", "plan")
+NOT_IN_METHOD = ("search seconds", "windows", "items", "plan")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class PlanTable:
 
         A method is named with the settings that not all rows share.
         """
-        left_out = {*self.shared, *_NOT_IN_METHOD}
+        left_out = {*self.shared, *NOT_IN_METHOD}
         told = [name for name in (*METHOD[:3], *SETTINGS) if name not in left_out]
         methods: dict[str, list[Row]] = {}
         for row in sorted(self.rows, key=lambda row: row["removed"]):
@@ -81,6 +81,10 @@ class PlanTable:
                 method = ", ".join(row[name] for name in told if name in row)
                 methods.setdefault(method, []).append(row)
         return methods
+
+    def has_intervals(self, name: str) -> bool:
+        """Whether a model's measurement in this column has an interval."""
+        return any(row[name][1] for row in self.rows if name in row)
 
     def dense(self, row: Row) -> Row:
         """Return the dense model that was measured in the same settings as a row, if any."""
