@@ -28,7 +28,7 @@ from sleb_cli.engine.text.settings import (
     resolve_calibration,
 )
 from sleb_cli.engine.text.windows import choose_length
-from sleb_cli.events import Notify
+from sleb_cli.events import Notice, Notify
 from sleb_cli.requests import (
     AUTO,
     DEFAULT_CALIBRATION,
@@ -85,6 +85,8 @@ def resolve_recovery(
         dtype = "float32"
     placement = _place(subject, request, stages, output, dtype, notify)
     text = _resolve_text(request, subject, stream=placement.stream)
+    if request.calibration is None and all(map(is_written, text.shares)):
+        _say_what_is_not_read(subject, text, notify)
     if placement.rounded:
         # Rounded weights write other text, which must not be taken from the cache.
         text = replace(text, writer=f"{text.writer} {dtype_name(placement.rounded)}")
@@ -210,6 +212,18 @@ def _resolve_text(request: ApplyRequest, subject: Subject, *, stream: bool) -> C
         text = replace(text, samples=max(MIN_SEQUENCES, tokens // length))
     _require_divisible(text)
     return text
+
+
+def _say_what_is_not_read(subject: Subject, text: CalibrationSettings, notify: Notify) -> None:
+    searched = subject.plan and subject.plan.calibration.source
+    if searched and not any(map(is_written, parse_mixture(searched))):
+        count = text.samples * text.sequence_length
+        notify(
+            Notice(
+                f"A few conversations are too little to fit weights, so the model writes {count:,} "
+                f"tokens itself. If {searched} has that many, add --calibration {searched}."
+            )
+        )
 
 
 def _require_divisible(text: CalibrationSettings) -> None:
