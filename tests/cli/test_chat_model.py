@@ -182,6 +182,7 @@ def test_short_conversations_need_no_option(sleb, chatty, tmp_path):
     assert text.chat == "answers"
     assert text.sequences >= 4
     assert f"tokens, so sequences have {text.sequence_length}, not 2048." in shown.stderr
+    assert "tokens of answers in talks.jsonl count, so the choice is partly" in shown.stderr
     # The same as if it was asked for.
     sleb(*search, "talks.jsonl", f"--chat answers --sequence-length {text.sequence_length}")
     steps = read_plan(tmp_path / "plan.json").steps

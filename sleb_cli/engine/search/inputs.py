@@ -24,7 +24,7 @@ from sleb_cli.engine.search.journal import Journal, open_journal
 from sleb_cli.engine.search.settings import BlockMethod, Search
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
-from sleb_cli.events import Notify, Warned
+from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.keys import key_of
 from sleb_cli.plan import CalibrationRecord, MetricRecord, Plan, SampleGeneration, SearchRecord
 from sleb_cli.records import THIS_VERSION, differences
@@ -35,6 +35,8 @@ from sleb_plugins import LogitMetric, ModelMetric, PlanError
 # Enough tokens to show whether a model works with a KV cache.
 PROMPT_TOKENS = 8
 NEW_TOKENS = 2
+FEW_TOKENS = 1000
+"""With fewer, the differences between candidates are mostly chance."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ def load_inputs(search: Search, group: ProcessGroup, notify: Notify) -> SearchIn
     calibration = group.from_main(
         lambda: calibrate([search.text], tokenizer, lambda: model().model, notify)[0]
     )
+    if calibration.loss_mask is not None and not search.text.length_given:
+        _say_if_few_count(int(calibration.loss_mask.sum()), search.text.source, notify)
     if search.extended:
         _require_continuation(search, search.extended, calibration)
     return SearchInputs(started, tokenizer, model(), calibration, group, notify)
@@ -96,6 +100,16 @@ def _warn_without_kv_cache(model: SkippableModel, search: Search, notify: Notify
             Warned(
                 f"{architecture.source.id} does not work with a KV cache: {fault}. Text that it "
                 "writes, `sleb bench` and the proof of `sleb apply` need one; the search does not."
+            )
+        )
+
+
+def _say_if_few_count(tokens: int, source: str, notify: Notify) -> None:
+    if tokens < FEW_TOKENS:
+        notify(
+            Notice(
+                f"Only {tokens} tokens of answers in {source} count, so the choice is partly "
+                f"chance. Search on more conversations, or on self-chat."
             )
         )
 
