@@ -100,6 +100,13 @@ def check_search(request: SearchRequest, registry: Registry) -> CheckedSearch:
         # An unfinished search was allowed to write the plan, and may have been killed just after
         # it did.
         replaces = request.plan_file == request.extend or (request.resume and journal.exists())
+        has_ended = request.resume and request.plan_file.is_file() and not journal.exists()
+        if has_ended and not (request.force or replaces):
+            raise OutputError(
+                f"The search of {request.plan_file} has ended.",
+                hint="Apply it with `sleb apply`, go on with --extend, or search again with "
+                "--force.",
+            )
         require_new_file(request.plan_file, force=request.force or replaces)
         if journal.exists() and not (request.resume or request.force):
             raise OutputError(

@@ -106,6 +106,7 @@ def test_a_race_is_recorded_and_shown(search, found, tmp_path):
 def test_an_existing_plan_is_not_overwritten(search, tmp_path):
     (tmp_path / "plan.json").write_text("mine")
     assert "plan.json already exists" in search("--remove", 1, code=8).stderr
+    assert "plan.json has ended" in search("--remove", 1, "--resume", code=8).stderr
     assert (tmp_path / "plan.json").read_text() == "mine"
     search("--remove", 1, "--force")
 
