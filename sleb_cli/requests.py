@@ -576,7 +576,8 @@ class ApplyRequest(OneSizeRequest):
         "Number of sequences, up to a fifth of them for validation and up to a tenth for the test.",
         _RECOVERY,
         default=f"{RECOVERY_TOKENS:,} tokens, or {RECOVERY_SELF_TOKENS:,} if the model writes them "
-        f"all; {HEALING_TEXTS:,} texts of a model that only reads",
+        f"all, down to a quarter with a few --heal-minutes; {HEALING_TEXTS:,} texts of a model "
+        "that only reads",
     )
     sequence_length: int | None = option(
         "Tokens per sequence.",

@@ -125,6 +125,22 @@ def test_a_quarter_of_the_default_text_is_conversations(sleb, chatty, text_file)
     assert record.train_text.title == "self:0.5,self-chat:0.5"
 
 
+def test_a_short_healing_has_little_text_written(sleb, chatty, monkeypatch):
+    monkeypatch.setattr("sleb_cli.engine.door.recovery.RECOVERY_SELF_TOKENS", 1280)
+    heal = ["apply", chatty, "--blocks 2 --heal --calibration self --sequence-length 32"]
+    heal += ["-o out --force --json"]
+    for budget, written in [("--heal-minutes 0.001", 10), ("--heal-tokens 64", 40)]:
+        record = recovered(sleb(*heal, budget))
+        assert record.train_text.sequences == 0.7 * written
+
+
+def test_ten_chats_are_too_few_to_recover_on(sleb, chatty, tmp_path):
+    write_lines("talks.jsonl", messages=[talk("river", "snow water stone")] * 10)
+    told = sleb("apply", chatty, "--blocks 2 --recover --calibration talks.jsonl", code=5).stderr
+    assert "too short to be divided into training, validation and test sequences" in told
+    assert "leave out --calibration" in told
+
+
 def test_a_healing_on_answers_comes_nearer_on_answers(sleb, chatty, tmp_path, monkeypatch):
     (tmp_path / "asked.txt").write_text("".join(f"{word}\n" for word in WORDS))
     (tmp_path / "text.txt").write_text(prose(400))

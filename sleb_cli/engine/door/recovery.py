@@ -208,10 +208,17 @@ def _resolve_text(request: ApplyRequest, subject: Subject, *, stream: bool) -> C
     if stream:
         require_given_text(text)
     if not (text.samples_given or is_reference(text.source)):
-        tokens = RECOVERY_SELF_TOKENS if all(map(is_written, text.shares)) else RECOVERY_TOKENS
-        text = replace(text, samples=max(MIN_SEQUENCES, tokens // length))
+        text = replace(text, samples=max(MIN_SEQUENCES, _default_tokens(text, request) // length))
     _require_divisible(text)
     return text
+
+
+def _default_tokens(text: CalibrationSettings, request: ApplyRequest) -> int:
+    tokens = RECOVERY_SELF_TOKENS if all(map(is_written, text.shares)) else RECOVERY_TOKENS
+    if request.heal and request.heal_minutes is not None and any(map(is_written, text.shares)):
+        # Writing must not take longer than the healing that reads it.
+        tokens = int(tokens * min(1, max(1 / 4, request.heal_minutes / DEFAULT_HEAL_MINUTES)))
+    return tokens
 
 
 def _say_what_is_not_read(subject: Subject, text: CalibrationSettings, notify: Notify) -> None:

@@ -20,6 +20,7 @@ from sleb_cli.engine.text.own_text import generate_own_text
 from sleb_cli.engine.text.passages import items_of, pad_texts, sort_in_runs
 from sleb_cli.engine.text.settings import CalibrationSettings, require_mixable
 from sleb_cli.engine.text.windows import (
+    TooShort,
     adds_bos,
     begin_with_bos,
     cut_running_text,
@@ -33,6 +34,7 @@ from sleb_cli.events import Notice, Notify, ignore, task
 from sleb_cli.plan import CalibrationRecord
 from sleb_cli.texts.named import text_source, writes_conversations
 from sleb_cli.texts.source import WHOLE, Draw
+from sleb_cli.units import plural
 from sleb_plugins import DataError
 
 
@@ -251,7 +253,10 @@ def _read_texts(settings: CalibrationSettings, tokenizer: Any, notify: Notify) -
         if settings.chat is not None and text_source(source).holds_conversations:
             what = f"the {'answers' if settings.chat == 'answers' else 'conversations'} in {source}"
         with task(notify, f"Reading {what}"):
-            rows = read_windows(source, count, settings, tokenizer)
+            try:
+                rows = read_windows(source, count, settings, tokenizer)
+            except TooShort as error:
+                raise _in_whole(error, source, settings) from error
             available = len(rows[0])
             if available < count and not is_mixture and not settings.is_reference:
                 notify(Notice(f"{_shortage(source, available, settings)}; using all of them."))
@@ -292,7 +297,21 @@ def limit_to_texts(
 
 
 def _shortage(source: str, count: int, settings: CalibrationSettings) -> str:
-    return f"{source} has text for only {count} sequences of {settings.sequence_length} tokens"
+    sequences = plural(count, "sequence")
+    return f"{source} has text for only {sequences} of {settings.sequence_length} tokens"
+
+
+def _in_whole(error: TooShort, source: str, settings: CalibrationSettings) -> TooShort:
+    if settings.split == WHOLE:
+        return error
+    # The tokens of one part tell nobody how many are needed.
+    divided = TooShort(
+        f"{source} is too short to be divided into training, validation and test sequences of "
+        f"{settings.sequence_length} tokens.",
+        hint="Use more text, or leave out --calibration, so that the model writes its own.",
+    )
+    divided.has = f"A part of {source} is short"
+    return divided
 
 
 def read_windows(
