@@ -212,9 +212,10 @@ class _LogListener:
 
     def __call__(self, event: Event) -> None:
         match event:
-            case TaskStarted(task, total) if task != SCORING_TASK:
-                if total and task != HEAL_TASK:
-                    self._paces[task] = _Pace(total, time.monotonic())
+            case TaskStarted(task, total):
+                self._start(task, total)
+                if task == SCORING_TASK:
+                    return
                 text = f"{task} …"
             case TaskAdvanced(task, done):
                 if task not in self._paces:
@@ -238,3 +239,9 @@ class _LogListener:
                 _print_sentence(event, self._console)
                 return
         print_prose(self._console, escape(text))
+
+    def _start(self, task: str, total: int | None) -> None:
+        # Of a search, the first step is enough: it is the longest.
+        is_later_step = task == SCORING_TASK and task in self._paces
+        if total and task != HEAL_TASK and not is_later_step:
+            self._paces[task] = _Pace(total, time.monotonic())

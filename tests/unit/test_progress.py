@@ -74,3 +74,15 @@ def test_a_log_reports_the_time_left_less_and_less_often(monkeypatch, shown):
         "Timing: 40%, about 60 s left",
         "Timing: 80%, about 20 s left",
     ]
+
+
+def test_a_log_reports_the_time_left_in_the_first_step_of_a_search(monkeypatch, shown):
+    listen = progress._LogListener(shown)
+    for step in (0.0, 40.0):
+        monkeypatch.setattr(progress.time, "monotonic", lambda step=step: step)
+        listen(TaskStarted(SCORING_TASK, 30, "evaluations"))
+        monkeypatch.setattr(progress.time, "monotonic", lambda step=step: step + 30)
+        listen(TaskAdvanced(SCORING_TASK, 10))
+        listen(TaskAdvanced(SCORING_TASK, 20))
+        listen(TaskFinished(SCORING_TASK))
+    assert shown.file.getvalue().splitlines() == ["Scoring candidates: 33%, about 60 s left"]
