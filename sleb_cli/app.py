@@ -135,7 +135,7 @@ def bench(request: BenchRequest, how: How) -> None:
     """Measure the speed and memory of the dense (original) and the pruned model.
 
     sleb bench plan.json
-    sleb bench plan.json --generation --batch-size 1 --engine llama.cpp
+    sleb bench plan.json --engine llama.cpp --source model.gguf
     """
     _run(api.bench, request, lambda result: summaries.show_benchmark(result, request.output), how)
 
