@@ -246,7 +246,7 @@ SECOND = [
     ("eval MODEL --tasks sleb_sums --num-fewshot 9", 2, "sleb_sums has 8 examples, not 9"),
     ("eval MODEL --perplexity taken/short.txt", 5, "less than one sequence of 128"),
     ("eval MODEL --perplexity wikitext2", 5, "Salesforce/wikitext"),
-    ("search MODEL --remove 1", 5, "takes --calibration self"),
+    ("search MODEL --remove 1", 5, "takes --calibration self: the model writes its text"),
     ("eval MODEL --perplexity org/none", 5, "The data set org/none:train:text cannot be loaded"),
     ("eval MODEL --perplexity TEXT --sequence-length 999", 2, "128 positions"),
     ("bench MODEL --prompt-length 100 --new-tokens 100", 2, "exceeds the model's 128 positions"),

@@ -130,7 +130,10 @@ def calibrate_parts(source, counts, model=None):
 
 def test_a_part_without_text_is_named():
     Path("text.txt").write_text("word " * 90)
-    message = r"too short to be divided into training, validation and test sequences of 32 tokens"
+    message = (
+        "text.txt is too short to be divided into training, validation and test sequences of "
+        "32 tokens"
+    )
     with pytest.raises(DataError, match=message):
         calibrate_parts("text.txt", [1, 1, 1])
 

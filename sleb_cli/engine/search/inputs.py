@@ -109,7 +109,7 @@ def _say_if_few_count(tokens: int, source: str, notify: Notify) -> None:
         notify(
             Notice(
                 f"Only {tokens} tokens of answers in {source} count, so the choice is partly "
-                f"chance. Search on more conversations, or on self-chat."
+                "chance. Search on more conversations, or on self-chat."
             )
         )
 

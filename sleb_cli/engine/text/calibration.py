@@ -256,7 +256,7 @@ def _read_texts(settings: CalibrationSettings, tokenizer: Any, notify: Notify) -
             try:
                 rows = read_windows(source, count, settings, tokenizer)
             except TooShort as error:
-                raise _in_whole(error, source, settings) from error
+                raise _while_divided(error, source, settings) from error
             available = len(rows[0])
             if available < count and not is_mixture and not settings.is_reference:
                 notify(Notice(f"{_shortage(source, available, settings)}; using all of them."))
@@ -301,7 +301,7 @@ def _shortage(source: str, count: int, settings: CalibrationSettings) -> str:
     return f"{source} has text for only {sequences} of {settings.sequence_length} tokens"
 
 
-def _in_whole(error: TooShort, source: str, settings: CalibrationSettings) -> TooShort:
+def _while_divided(error: TooShort, source: str, settings: CalibrationSettings) -> TooShort:
     if settings.split == WHOLE:
         return error
     # The tokens of one part tell nobody how many are needed.
