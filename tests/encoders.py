@@ -1,19 +1,12 @@
 """Tiny models that only read, as sentence-transformers and transformers save them."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModel, BertConfig, BertTokenizer
 
 MODULES = ("Transformer", "Pooling", "Normalize")
@@ -21,13 +14,19 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def word_pieces(text: str, longest: int = 64) -> BertTokenizer:
-    """Train a WordPiece tokenizer on a text, whose pairs tell first and second."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    """Make a WordPiece tokenizer of a text's words and letters, whose pairs tell first and second.
+
+    A trained one numbers its pieces differently in each process.
+    """
+    words = sorted(set(re.findall(r"\w+|[^\w\s]", text.lower())))
+    letters = sorted(set("".join(words)))
+    inner = [f"##{letter}" for letter in letters if letter.isalpha()]
+    pieces = dict.fromkeys([*SPECIAL, *letters, *inner, *words])
+    numbers = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(numbers, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=160, special_tokens=SPECIAL, show_progress=False)
-    tokenizer.train_from_iterator([text], trainer)
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return BertTokenizer(tokenizer_object=tokenizer, model_max_length=longest)
 
