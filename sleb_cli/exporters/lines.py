@@ -6,7 +6,7 @@ from statistics import fmean
 
 from sleb_cli.plan import Plan
 from sleb_cli.results import CorpusResult, Interval, TaskResult, TextResult, WorkloadResult
-from sleb_cli.tables.quality import Estimate, perplexity_change, retention
+from sleb_cli.tables.quality import Estimate, is_canary, perplexity_change, retention
 from sleb_cli.tables.search_results import perplexities
 from sleb_cli.tables.speed import workload_name
 
@@ -82,7 +82,7 @@ def _score_line(name: str, result: TaskResult | CorpusResult) -> Line:
     values: dict[int, Estimate] = {0: (dense, None)}
     for scores in result.pruned:
         ends = _scaled(scores.difference_interval, dense)
-        if scores.lost is not None:
+        if scores.lost is not None or (isinstance(result, TaskResult) and is_canary(result)):
             ends = _limited(ends)
         values[len(scores.removals)] = (scores.value, ends)
     return Line(name, values, result.key)

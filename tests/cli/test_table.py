@@ -138,10 +138,17 @@ def test_papers_have_latex_and_pdf_also_of_plans_without_an_evaluation(sleb, tmp
     pytest.importorskip("matplotlib")
     plan = make_plan(12, 6, text="my_50%.txt", raced=False)
     write_measured(tmp_path, plan)
-    sleb("export plan.json --to table -o table.tex")
+    (tmp_path / "b").mkdir()
+    evaluation = make_evaluation(plan, texts=("my_50%.txt",), tasks=(), every=9)
+    write_measured(tmp_path / "b", plan, evaluation=evaluation)
+    sleb("export plan.json b/plan.json --to table -o table.tex")
     latex = (tmp_path / "table.tex").read_text()
-    assert r"perplexity, searched on my\_50\%.txt: 16 x 2048 tokens" in latex
-    assert f"& {plan.steps[0].perplexity:.2f} &" in latex
+    assert r"\shortstack[r]{perplexity, \\ searched on} &" in latex
+    assert r"{perplexity, \\ my\_50\%.txt \\ \scriptsize (searched on)}" in latex
+    # Beside a plan without an evaluation, the search's own perplexity stands for both.
+    assert latex.count(f"& {plan.steps[0].perplexity:.2f} &") == 2
+    value = evaluation.texts[0].pruned[0].perplexity
+    assert rf"\shortstack[r]{{{value:.2f} \\ \scriptsize (" in latex
     assert "batch" not in latex
     sleb("export plan.json --to table -o figure.pdf")
     assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")

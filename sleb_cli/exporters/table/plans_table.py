@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from io import StringIO
+from textwrap import wrap
 
 from sleb_cli.exporters.findings import read_comparison, read_findings
 from sleb_cli.exporters.table.figure import draw_figure
@@ -28,6 +29,12 @@ _INTERVALS = (
     "In brackets: 95% intervals of the difference from the dense model, added to the value, on the "
     "same tokens, items and runs."
 )
+
+_LATEX_USE = (
+    r"% Needs booktabs. If it is too wide, with graphicx: \resizebox{\textwidth}{!}{\input{FILE}}"
+)
+_LATEX_WIDTH = 12
+"""A name is broken into lines of this many characters for LaTeX."""
 
 
 class PlansTable(Exporter):
@@ -113,20 +120,34 @@ def _to_latex(table: PlanTable) -> str:
     shown = _tabulate(table, [name for name in SETTINGS if name not in NOT_IN_METHOD])
     numbers = range(len(shown.columns))
     kinds = "".join("l" if shown.is_words(number) else "r" for number in numbers)
-    lines = [f"% {_INTERVALS}"]
+    lines = [_LATEX_USE, f"% {_INTERVALS}"]
     for name, value in table.shared.items():
         lines.append(f"% {name}: {' '.join(value.split())}")
-    lines += [rf"\begin{{tabular}}{{{kinds}}}", r"\toprule", _latex_row(shown.columns), r"\midrule"]
+    header = _latex_row(shown.columns, kinds)
+    lines += [rf"\begin{{tabular}}{{{kinds}}}", r"\toprule", header, r"\midrule"]
     for cells, row in zip(shown.rows, table.rows, strict=True):
         plan = " ".join(row.get("plan", "").split())
-        lines.append(f"{_latex_row(cells)} % {plan}".removesuffix(" % "))
+        lines.append(f"{_latex_row(cells, kinds)} % {plan}".removesuffix(" % "))
     lines += [r"\bottomrule", r"\end{tabular}"]
     return "\n".join(lines) + "\n"
 
 
-def _latex_row(cells: Sequence[str]) -> str:
-    row = re.sub(r"[\\~^]", r"\\char`\\\g<0> ", "\0".join(cells))
-    return re.sub(r"[&%$#_{}]", r"\\\g<0>", row).replace("\0", " & ") + r" \\"
+def _latex_row(cells: Sequence[str], kinds: str) -> str:
+    return " & ".join(map(_latex_cell, cells, kinds)) + r" \\"
+
+
+def _latex_cell(cell: str, kind: str) -> str:
+    """Escape a cell, and stack a long name's words, or a value and its interval in small type."""
+    escaped = re.sub(r"[\\~^]", r"\\char`\\\g<0> ", cell)
+    escaped = re.sub(r"[&%$#_{}]", r"\\\g<0>", escaped)
+    value, bracket, interval = escaped.partition(" (")
+    lines = wrap(value, _LATEX_WIDTH, break_long_words=False, break_on_hyphens=False)
+    if bracket:
+        lines.append(rf"\scriptsize ({interval}")
+    if len(lines) < 2:
+        return escaped
+    stacked = r" \\ ".join(lines)
+    return rf"\shortstack[{kind}]{{{stacked}}}"
 
 
 def _format_estimate(form: Callable[[float], str], estimate: Estimate) -> str:

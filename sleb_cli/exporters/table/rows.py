@@ -105,6 +105,7 @@ def plan_table(plans: Sequence[Findings]) -> PlanTable:
     for findings in plans:
         settings = _settings(findings)
         lines = _lines(findings, averaged)
+        lines = [line for line in lines if line.key in columns]
         of_dense = {name: settings[name] for name in _OF_DENSE if name in settings}
         if lines:
             measured = _at_size(lines, 0, columns)
@@ -147,21 +148,22 @@ def _columns(plans: Sequence[Findings]) -> dict[Hashable, Column]:
 
 
 def _search_columns(plans: Sequence[Findings]) -> dict[Hashable, Column]:
-    """Return the columns for the texts of searches, of plans that were not evaluated."""
+    """Return the columns for the texts of searches, unless every plan was evaluated."""
     columns: dict[Hashable, Column] = {}
+    if all(findings.evaluation for findings in plans):
+        return columns
+    texts = {str(findings.plan.calibration) for findings in plans}
     keys: dict[str, Hashable] = {}
     for findings in plans:
         text = findings.plan.calibration
-        for line in _search_lines(findings):
-            name = f"perplexity, {line.name} {text}"
+        for line in search_lines(findings.plan):
+            name = f"perplexity, {line.name}"
+            if len(texts) > 1:
+                name += f", {text}"
             if keys.setdefault(name, line.key) != line.key:
                 name += f" (tokens {text.tokens_sha256[:8]})"
             columns[line.key] = (name, format_perplexity)
     return columns
-
-
-def _search_lines(findings: Findings) -> list[Line]:
-    return [] if findings.evaluation else search_lines(findings.plan)
 
 
 def _seen_in(plans: Sequence[Findings], text: TextResult) -> list[str]:
@@ -183,7 +185,7 @@ def _lines(findings: Findings, averaged: Collection[Hashable]) -> list[Line]:
     # A mean of other tasks would not compare.
     if len(tasks) == len(averaged) > 1:
         lines.append(mean_line(findings.plan, list(tasks.values())))
-    lines += _search_lines(findings)
+    lines += search_lines(findings.plan)
     lines += [corpus_line(corpus) for corpus in findings.corpora]
     lines += [speed_line(result) for result in findings.workloads]
     return lines
