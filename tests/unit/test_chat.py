@@ -9,7 +9,7 @@ import pytest
 from chat_templates import PUBLISHED, PUBLISHED_TOKENIZERS, tokens_of
 from conftest import architecture_of, tokenizer_with
 from sleb_cli.engine.text.calibration import calibrate
-from sleb_cli.engine.text.chat import cut_answers, cut_conversations, render
+from sleb_cli.engine.text.chat import cut_answers, cut_conversations, pack, render
 from sleb_cli.engine.text.settings import resolve_calibration
 from sleb_cli.events import ignore
 from sleb_cli.texts.named import text_source
@@ -114,7 +114,7 @@ def test_windows_of_answers_know_their_conversations(most, found):
     tokenizer = tokenizer_with(PLAIN)
     talks = (CONVERSATION[:3], CONVERSATION) * 9
     first = render(tokenizer, talks[0], "", answers=True)
-    both = [*first, *render(tokenizer, talks[1], "", answers=True)][:-1]
+    both = [*first, *render(tokenizer, talks[1], "", answers=True)]
     ids = [token for token, _ in both]
     counted = [own for _, own in both[1:]]
     text = Text("talks", "", limit=3, conversations=talks)
@@ -128,6 +128,29 @@ def test_windows_of_answers_know_their_conversations(most, found):
     assert windows.bos == "windows"
     with pytest.raises(DataError, match="too few for a sequence of 9000 with an answer in it"):
         cut_answers(tokenizer, text, 9000, most)
+
+
+@pytest.mark.parametrize(
+    ("conversations", "sequences"),
+    [
+        (["qA", "qA", "qA"], ["qAqA"]),
+        (["qA", "qABC", "qA"], ["qAqA", "qaBC"]),
+        (["qA", "qABC", "qA", "qA"], ["qAqA", "qaBC", "qAqA"]),
+        (["qA", "qABCDE", "qA", "qA"], ["qAqA", "qaBC", "qAqA"]),
+        (["qABCDE", "qAB", "qAB"], ["qABC", "qABq"]),
+        (["qA", "qqA", "qA"], ["qAqq", "qqAq"]),
+        (["qqq", "qqA", "qA"], ["qqAq"]),
+    ],
+)
+def test_a_conversation_that_is_cut_begins_the_next_sequence(conversations, sequences):
+    rendered = []
+    for words in conversations:
+        rendered.append([(word.lower(), word.isupper()) for word in words])
+    packed = []
+    for row in pack(rendered, 4):
+        packed.append("".join(word.upper() if counts else word for word, counts, _ in row))
+    assert packed == sequences
+    assert [row[0][0] for row in pack(rendered, 4, 1)] == [sequences[0][0]]
 
 
 def test_each_sequence_begins_a_conversation_and_has_an_answer():

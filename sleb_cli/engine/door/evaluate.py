@@ -282,8 +282,8 @@ def _notices(texts: Sequence[EvaluationWindows], subject: Subject) -> list[str]:
     if alone and plan.is_file():
         command = f"sleb eval {in_shell(str(plan))}"
         notices.append(
-            f"Measured alone: `{command}` compares it with the dense model. If that is a folder, "
-            "add --model FOLDER."
+            f"Measured alone. `{command}` compares it with the dense model; if that model is a "
+            "folder here, add --model FOLDER."
         )
     if subject.recovered:
         name = subject.recovered.source.id

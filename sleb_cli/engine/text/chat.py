@@ -74,9 +74,9 @@ def cut_conversations(
 ) -> tuple[Tensor, Tensor | None]:
     """Cut conversations into sequences, int64 [sequences, length], and a loss mask, bool, alike.
 
-    Each sequence starts with a conversation and holds as many as fit; the rest of the last one is
-    dropped. With `answers`, sequences without any are dropped; else all tokens count, and there is
-    no mask.
+    Each sequence starts with a conversation and holds as many as fit; a last one that is cut begins
+    the next sequence again. With `answers`, sequences without any are dropped; else all tokens
+    count, and there is no mask.
 
     Raises:
         DataError: there are fewer sequences than `required`, or none.
@@ -127,21 +127,30 @@ def pack(
     """Pack conversations into sequences of `length` tokens, at most `most`.
 
     Each token comes with whether it counts, and with the number of its conversation. A sequence
-    starts with a conversation, and has a token that counts.
+    starts with a conversation, and has a token that counts. If its last conversation is cut, that
+    begins the next sequence as well, where only what was cut off counts.
     """
     sequences = []
     sequence = list[tuple[int, bool, int]]()
     for number, conversation in enumerate(rendered):
-        for token, counts in conversation:
-            sequence.append((token, counts, number))
-        if len(sequence) < length:
-            continue
-        if any(counts for _, counts, _ in sequence[1:length]):
-            sequences.append(sequence[:length])
-        sequence = []
-        if len(sequences) == most:
+        tokens = [(token, counts, number) for token, counts in conversation]
+        room = length - len(sequence)
+        filled = []
+        if sequence and len(tokens) > room:
+            filled.append(sequence + tokens[:room])
+            again = [(token, False, number) for token, _, _ in tokens[:room]]
+            tokens = again + tokens[room:]
+            sequence = []
+        sequence += tokens[:length]
+        if len(sequence) == length:
+            filled.append(sequence)
+            sequence = []
+        for each in filled:
+            if any(counts for _, counts, _ in each[1:]):
+                sequences.append(each)
+        if most and len(sequences) >= most:
             break
-    return sequences
+    return sequences[:most]
 
 
 def _too_few(source: str, rendered: Sequence[Tokens], length: int, *, answers: bool) -> TooShort:

@@ -93,6 +93,7 @@ def write_conversations(
             "prompts": prompts,
             "template": tokenizer.chat_template,
             "turns": 1,
+            "cut": "begins the next",
         },
     )
     return write_or_find(model, writing, write, notify)
