@@ -17,6 +17,7 @@ from pydantic import (
 
 from sleb_cli.atomic import to_json, write_text
 from sleb_cli.names import without_folders
+from sleb_cli.requests import DEMO
 from sleb_cli.version import __version__
 
 Perplexity = Annotated[float, Field(gt=0)]
@@ -174,6 +175,11 @@ class ModelRecord(Record):
     code: str | None = None
     dtype: str | None = None
     output: OutputKind | None = None
+
+    @property
+    def has_place(self) -> bool:
+        """Whether `id` tells where the model is, on the Hub or on this machine."""
+        return self.revision is not None or self.id == DEMO or Path(self.id).is_absolute()
 
     def computed_in(self, dtype: str) -> str:
         """Write a data type of computation, and the weights' own if it differs."""

@@ -10,7 +10,6 @@ from sleb_cli.checks.clashes import given
 from sleb_cli.plan import Plan, no_plan, read_plan
 from sleb_cli.requests import (
     DEFAULT_PLAN,
-    DEMO,
     EvalRequest,
     OneSizeRequest,
     SearchRequest,
@@ -167,12 +166,7 @@ def locate_planned_model(
     if named is not None:
         return named, revision
     # A plan from a checkpoint, which has only the name of a local model, must not lead to the Hub.
-    if (
-        model.revision is None
-        and model.id != DEMO
-        and not Path(model.id).is_absolute()
-        and not Path(model.id).exists()
-    ):
+    if not model.has_place and not Path(model.id).exists():
         raise PlanError(
             f"{path} was made for {model.id}, and does not say where that is.",
             hint="Name its folder: --model FOLDER, or MODEL of a search.",

@@ -50,7 +50,8 @@ class Findings:
     @property
     def search_again(self) -> str:
         """The command that repeats the search, but for the name of its plan."""
-        return f"sleb search --config {self.plan_argument}"
+        model = "" if self.plan.made_for.has_place else " FOLDER"
+        return f"sleb search{model} --config {self.plan_argument}"
 
     def at_plan_size(self, entries: Iterable[S]) -> S | None:
         """Return the entry for the plan's removals, if there is one."""
@@ -147,6 +148,8 @@ class Findings:
     def missing(self) -> list[tuple[str, str]]:
         """What was not measured, each with the command that measures it."""
         plan = self.plan_argument
+        if not self.plan.made_for.has_place:
+            plan += " --model FOLDER"
         evaluate = f"sleb eval {plan}"
         if not self.plan.recovery:  # recovered weights fit one size only
             evaluate += " --every 2"

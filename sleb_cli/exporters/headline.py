@@ -8,7 +8,7 @@ from sleb_cli.results import CorpusResult, TaskResult
 from sleb_cli.tables.quality import KEPT, LOST, by_use, retention, verdict
 from sleb_cli.tables.search_results import collapse_warnings
 from sleb_cli.tables.speed import workload_name
-from sleb_cli.tables.table import WORKLOADS, Column, Table, model_name, tabulate
+from sleb_cli.tables.table import WORKLOADS, Column, Table, between, model_name, tabulate
 from sleb_cli.units import format_count, format_perplexity, format_share, plural
 
 
@@ -61,26 +61,40 @@ def uses(findings: Findings) -> dict[str, Sequence[TaskResult | CorpusResult]]:
 def verdicts(findings: Findings) -> list[str]:
     """Say what the plan's size is worth it for, and judge it for each kind of use."""
     judged = _judge(findings)
-    worth = []
-    not_worth = []
+    worth, not_worth, unclear = _sort_workloads(findings)
     for use, words in judged.items():
         if words == KEPT:
             worth.append(use)
         elif words.endswith(LOST):
             not_worth.append(use)
-    for result, timing in findings.main_workloads:
-        if timing.interval:
-            faster = timing.interval.low > 1
-            names = worth if faster else not_worth
-            names.append(f"{workload_name(result)} ({timing.speedup:.2f}x)")
     lines = []
     if worth:
         lines.append(f"This size is worth it for {'; '.join(worth)}.")
     if not_worth:
         lines.append(f"This size is not worth it for {'; '.join(not_worth)}.")
+    if unclear:
+        lines.append(f"It may be faster or slower in {'; '.join(unclear)}.")
     for use, words in judged.items():
         lines.append(f"For {use}: {words}.")
     return lines
+
+
+def _sort_workloads(findings: Findings) -> tuple[list[str], list[str], list[str]]:
+    """Name the workloads that are faster, those that are slower, and those that may be either."""
+    faster = []
+    slower = []
+    unclear = []
+    for result, timing in findings.main_workloads:
+        name = workload_name(result)
+        if not timing.interval:
+            continue
+        if timing.interval.low > 1:
+            faster.append(f"{name} ({timing.speedup:.2f}x)")
+        elif timing.interval.high < 1:
+            slower.append(f"{name} ({timing.speedup:.2f}x)")
+        else:
+            unclear.append(f"{name} ({between(timing.interval, '{:.2f}x'.format)})")
+    return faster, slower, unclear
 
 
 def _judge(findings: Findings) -> dict[str, str]:

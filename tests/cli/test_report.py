@@ -252,6 +252,29 @@ def test_the_headline_judges_each_kind_of_use(report):
         assert f"For {use}: {1 - task.pruned[2].retention:.0%} lost." in text
 
 
+def test_a_speedup_whose_interval_has_1_is_no_verdict(report):
+    plan = make_plan(8, 2)
+    benchmark = make_benchmark(plan, workloads=[("generation", 8, 64, 32)])
+    wide = {"low": 0.61, "high": 1.64}
+    benchmark = changed(
+        benchmark, lambda data: data["workloads"][0]["pruned"][0].update(interval=wide)
+    )
+    text = report(plan, benchmark=benchmark).text
+    assert "It may be faster or slower in generation 8x64+32 (0.61x to 1.64x)" in text
+    assert "worth it for" not in text
+
+
+def test_commands_name_a_model_where_the_plan_has_only_its_name(report):
+    plan = make_plan(8, 2)
+    local = plan.model.model_copy(update={"id": "tiny", "revision": None})
+    text = report(plan.model_copy(update={"model": local})).text
+    assert "sleb eval plan.json --model FOLDER --every 2" in text
+    assert "sleb search FOLDER --config plan.json -o again.json" in text
+    placed = plan.model.model_copy(update={"id": "/models/tiny", "revision": None})
+    text = report(plan.model_copy(update={"model": placed}), "--force").text
+    assert "sleb search --config plan.json -o again.json" in text
+
+
 def test_what_a_text_says_is_never_markup_nor_mathematics(report):
     evil = "</script><script>alert(1)</script><b>"
     plan = make_plan(8, 2, name="<script>Tiny<b>")
