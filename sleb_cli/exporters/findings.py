@@ -8,7 +8,7 @@ from pathlib import Path
 from sleb_cli.atomic import to_json
 from sleb_cli.engine.output.measured import S, of_size
 from sleb_cli.order import SizeKey
-from sleb_cli.plan import Plan
+from sleb_cli.plan import Plan, read_plan
 from sleb_cli.requests import DEFAULT_SAMPLE_TOKENS
 from sleb_cli.results import (
     BenchResult,
@@ -47,10 +47,15 @@ class Findings:
         # Without its folder, since a report may be published.
         return in_shell(self.file.name)
 
+    @cached_property
+    def _has_place(self) -> bool:
+        # Only the file has the folder; `plan` is the part of it that may be published.
+        return read_plan(self.file).made_for.has_place
+
     @property
     def search_again(self) -> str:
         """The command that repeats the search, but for the name of its plan."""
-        model = "" if self.plan.made_for.has_place else " FOLDER"
+        model = "" if self._has_place else " FOLDER"
         return f"sleb search{model} --config {self.plan_argument}"
 
     def at_plan_size(self, entries: Iterable[S]) -> S | None:
@@ -148,7 +153,7 @@ class Findings:
     def missing(self) -> list[tuple[str, str]]:
         """What was not measured, each with the command that measures it."""
         plan = self.plan_argument
-        if not self.plan.made_for.has_place:
+        if not self._has_place:
             plan += " --model FOLDER"
         evaluate = f"sleb eval {plan}"
         if not self.plan.recovery:  # recovered weights fit one size only
