@@ -126,7 +126,7 @@ class SearchRecord(Record):
 
 
 class _LossRecord(Record):
-    """A loss in nats per token, and its perplexity.
+    """A loss in nats per token, as a mean over sequences, and its perplexity.
 
     For a model that only reads, a loss is the distance from what the dense model puts out, and
     there is no perplexity.

@@ -150,7 +150,15 @@ def test_a_conversation_that_is_cut_begins_the_next_sequence(conversations, sequ
     for row in pack(rendered, 4):
         packed.append("".join(word.upper() if counts else word for word, counts, _ in row))
     assert packed == sequences
-    assert [row[0][0] for row in pack(rendered, 4, 1)] == [sequences[0][0]]
+    assert pack(rendered, 4, 1) == pack(rendered, 4)[:1]
+
+
+def test_the_tokens_of_a_cut_conversation_have_its_number_in_both_sequences():
+    rendered = [[(1, True)] * 2, [(2, True)] * 4]
+    numbers = []
+    for row in pack(rendered, 4):
+        numbers.append([number for _, _, number in row])
+    assert numbers == [[0, 0, 1, 1], [1, 1, 1, 1]]
 
 
 def test_each_sequence_begins_a_conversation_and_has_an_answer():

@@ -45,6 +45,9 @@ Tokens that change overnight would keep an interrupted run from continuing.
 Tokens = list[tuple[int, bool]]
 """Tokens, and whether they count in the loss."""
 
+PackedTokens = list[tuple[int, bool, int]]
+"""Tokens, whether they count, and the numbers of their conversations."""
+
 
 def require_template(tokenizer: Any, what: str) -> None:
     """Raise a UsageError, about `what` needs it, unless the tokenizer has a chat template."""
@@ -75,8 +78,8 @@ def cut_conversations(
     """Cut conversations into sequences, int64 [sequences, length], and a loss mask, bool, alike.
 
     Each sequence starts with a conversation and holds as many as fit; a last one that is cut begins
-    the next sequence again. With `answers`, sequences without any are dropped; else all tokens
-    count, and there is no mask.
+    the next sequence as well. With `answers`, each counts once, and sequences without any are
+    dropped; else all tokens count, and there is no mask.
 
     Raises:
         DataError: there are fewer sequences than `required`, or none.
@@ -121,36 +124,36 @@ def cut_answers(tokenizer: Any, text: Text, length: int, most: int | None) -> Ev
     )
 
 
-def pack(
-    rendered: Iterable[Tokens], length: int, most: int | None = None
-) -> list[list[tuple[int, bool, int]]]:
+def pack(rendered: Iterable[Tokens], length: int, most: int | None = None) -> list[PackedTokens]:
     """Pack conversations into sequences of `length` tokens, at most `most`.
 
-    Each token comes with whether it counts, and with the number of its conversation. A sequence
-    starts with a conversation, and has a token that counts. If its last conversation is cut, that
-    begins the next sequence as well, where only what was cut off counts.
+    A sequence starts with a conversation, and has a token that counts. If its last conversation is
+    cut, that begins the next sequence as well, where only what was cut off counts.
     """
-    sequences = []
-    sequence = list[tuple[int, bool, int]]()
+    sequences = list[PackedTokens]()
+    sequence = PackedTokens()
     for number, conversation in enumerate(rendered):
         tokens = [(token, counts, number) for token, counts in conversation]
         room = length - len(sequence)
-        filled = []
+        full = []  # the sequences that this conversation completes, two at most
         if sequence and len(tokens) > room:
-            filled.append(sequence + tokens[:room])
-            again = [(token, False, number) for token, _, _ in tokens[:room]]
-            tokens = again + tokens[room:]
-            sequence = []
-        sequence += tokens[:length]
+            full.append(sequence + tokens[:room])
+            repeated = [(token, False, number) for token, _, _ in tokens[:room]]
+            sequence = (repeated + tokens[room:])[:length]
+        else:
+            sequence += tokens[:length]
         if len(sequence) == length:
-            filled.append(sequence)
+            full.append(sequence)
             sequence = []
-        for each in filled:
-            if any(counts for _, counts, _ in each[1:]):
-                sequences.append(each)
+        sequences += filter(_predicts_any, full)
         if most and len(sequences) >= most:
             break
     return sequences[:most]
+
+
+def _predicts_any(sequence: PackedTokens) -> bool:
+    """Whether a token counts other than the first, which is not predicted."""
+    return any(counts for _, counts, _ in sequence[1:])
 
 
 def _too_few(source: str, rendered: Sequence[Tokens], length: int, *, answers: bool) -> TooShort:

@@ -104,8 +104,7 @@ def plan_table(plans: Sequence[Findings]) -> PlanTable:
     pruned: list[Row] = []
     for findings in plans:
         settings = _settings(findings)
-        lines = _lines(findings, averaged)
-        lines = [line for line in lines if line.key in columns]
+        lines = [line for line in _lines(findings, averaged) if line.key in columns]
         of_dense = {name: settings[name] for name in _OF_DENSE if name in settings}
         if lines:
             measured = _at_size(lines, 0, columns)
