@@ -31,7 +31,8 @@ _INTERVALS = (
 )
 
 _LATEX_USE = (
-    r"% Needs booktabs. If it is too wide, with graphicx: \resizebox{\textwidth}{!}{\input{FILE}}"
+    r"% Needs booktabs. If it is too wide, with graphicx: \resizebox{\textwidth}{!}{\input{FILE}}, "
+    r"in an article of two columns within table*."
 )
 _LATEX_WIDTH = 12
 """A name is broken into lines of this many characters for LaTeX."""
