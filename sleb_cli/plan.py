@@ -538,10 +538,13 @@ class Plan(VersionedRecord):
 
     In the copy inside a checkpoint, `base_model` is what that was made of, if it is not the model
     of the search, `recovery` tells how its blocks were recovered, and `proof` what was checked.
-    That copy may be published, so it names local models and texts without their folders.
+    `checkpoint` is the fingerprint that it had, if only the plan's parts went. That copy may be
+    published, so it names local models and texts without their folders.
     """
 
-    left_out_if_none = frozenset({"score_unit", "base_model", "recovery", "proof", "experts"})
+    left_out_if_none = frozenset(
+        {"score_unit", "base_model", "recovery", "proof", "checkpoint", "experts"}
+    )
 
     request: dict[str, str | int | float | bool | tuple[int | str, ...]]
     model: ModelRecord
@@ -557,6 +560,7 @@ class Plan(VersionedRecord):
     base_model: ModelRecord | None = None
     recovery: RecoveryRecord | None = None
     proof: Proof | None = None
+    checkpoint: str | None = None
     _location: _Location = PrivateAttr(_Location())
 
     @property

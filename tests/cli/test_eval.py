@@ -1,5 +1,6 @@
 """`sleb eval`, through `main()`."""
 
+import csv
 import json
 import math
 import shutil
@@ -12,9 +13,10 @@ import lm_eval
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from conftest import WORDS, calibration, llama_config, prose, save_model, write_task
+from conftest import WORDS, calibration, evaluation, llama_config, prose, save_model, write_task
 from reference import log_likelihood, plain_loss
 from sleb_cli import repetition
 from sleb_cli.cache import read_cached, write_cached
@@ -506,6 +508,35 @@ def test_text_that_blocks_were_chosen_or_recovered_on_is_flagged(
     chosen, recovered = flattered(evaluate, "out", test_text, text_file)
     assert "Blocks were chosen on test.txt" in chosen
     assert "The remaining blocks were recovered on prose.txt" in recovered
+
+
+def tabulated(sleb):
+    sleb("export out --to table -o table.csv --force")
+    _, row = csv.DictReader(Path("table.csv").read_text().splitlines())
+    return row.values()
+
+
+def test_a_checkpoint_that_was_trained_is_measured_with_the_weights_that_it_has_now(
+    sleb, apply, evaluate, llama_plan, tiny_llama, text_file
+):
+    apply(llama_plan)
+    measure = ["out/sleb_plan.json", "--model", tiny_llama, *evaluation(text_file)]
+
+    written, said = evaluate(*measure)
+    assert "own weights" not in said
+    assert str(written["texts"][0]["pruned"][0]["perplexity"]) in tabulated(sleb)
+    weights = load_file("out/model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, "out/model.safetensors", {"format": "pt"})
+    told = sleb("export", "out", "--to table").stderr
+    assert "Ignoring 1 result in out/sleb_plan.results: of another model or other weights" in told
+    trained, said = evaluate(*measure)
+    assert "with its own weights, not the dense model's" in said
+    alone, _ = evaluate("out", *evaluation(text_file))
+    (pruned,) = trained["texts"][0]["pruned"]
+    assert pruned["losses"] == alone["texts"][0]["dense"]["losses"]
+    assert pruned["losses"] != written["texts"][0]["pruned"][0]["losses"]
+    assert str(pruned["perplexity"]) in tabulated(sleb)
 
 
 def test_all_that_is_named_wrong_is_said_at_once(sleb, tiny_llama, monkeypatch):

@@ -74,7 +74,7 @@ def test_the_losses_are_those_of_the_checkpoint(sleb, healed, tmp_path):
     text = evaluation(tmp_path / "text.txt")
     both = sleb("eval out/sleb_plan.json --json --model", model, *text)
     alone = sleb("eval out --json", *text)
-    assert "with its recovered weights" in both.said
+    assert "with its own weights" in both.said
     assert "The routers were recovered on text.txt" in alone.said
     (pruned,) = both.data["texts"][0]["pruned"]
     assert pruned["losses"] == alone.data["texts"][0]["dense"]["losses"]

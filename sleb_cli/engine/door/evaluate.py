@@ -21,7 +21,7 @@ from sleb_cli.engine.door.named_model import (
     needs_language_head,
     plan_surgeries,
     resolve_subject,
-    with_recovered,
+    with_checkpoint,
 )
 from sleb_cli.engine.forward.memory_needs import model_bytes
 from sleb_cli.engine.forward.placement import place_model
@@ -79,7 +79,7 @@ def resolve_evaluation(
         subject = resolve_subject(named, source, registry, notify)
         if other:
             return with_other(subject, other, registry, notify)
-        return with_recovered(subject, registry, notify)
+        return with_checkpoint(subject, registry, notify)
 
     subject = group.main_first(resolve)
     architecture = subject.architecture
@@ -183,10 +183,10 @@ def _place_models(
         reserved=reserved,
     )
     placement = group.from_main(choose)
-    if subject.recovered and (placement.stream or request.device_map is not None):
+    if subject.checkpoint and (placement.stream or request.device_map is not None):
         raise UsageError(
-            f"The weights of {subject.recovered.source.id} are not the dense model's, so both must "
-            f"fit on one device.",
+            f"The weights of {subject.checkpoint.source.id} are not the dense model's, so both "
+            "must fit on one device.",
             hint="Leave out --stream and --device-map, or measure the folder alone: name it "
             "instead of its plan.",
         )
@@ -285,9 +285,9 @@ def _notices(texts: Sequence[EvaluationWindows], subject: Subject) -> list[str]:
             f"Measured alone. `{command}` compares it with the dense model; if that model is a "
             "folder here, add --model FOLDER."
         )
-    if subject.recovered:
-        name = subject.recovered.source.id
-        notices.append(f"The pruned model is {name}, with its recovered weights.")
+    if subject.checkpoint:
+        name = subject.checkpoint.source.id
+        notices.append(f"The pruned model is {name}, with its own weights, not the dense model's.")
     used = _texts_used(subject)
     for windows in texts:
         text = windows.text

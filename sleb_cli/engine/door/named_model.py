@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from sleb_cli.checks.subjects import NamedSubject
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
-from sleb_cli.engine.model.source import ModelSource, locate_model
+from sleb_cli.engine.model.source import ModelSource, locate_checkpoint
 from sleb_cli.engine.surgery.subject import Subject, require_same_code, require_same_model
 from sleb_cli.engine.surgery.surgery import Surgery, plan_surgery
 from sleb_cli.engine.third_party import quiet_libraries
 from sleb_cli.events import Notify
-from sleb_cli.plan import CHECKPOINT_PLAN, Plan, read_plan
+from sleb_cli.plan import Plan, read_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_plugins import PlanError, UsageError
 
@@ -27,8 +27,8 @@ def plan_surgeries(subject: Subject, sizes: Sequence[int]) -> tuple[Surgery, ...
     most = len(subject.surgery.size_key)
     if subject.compared:
         return ()
-    if subject.plan and subject.recovered and tuple(sizes) != (most,):
-        raise _has_one_size(subject.recovered.source, subject.plan, most)
+    if subject.plan and subject.checkpoint and tuple(sizes) != (most,):
+        raise _has_one_size(subject.checkpoint.source, subject.plan, most)
     if not subject.plan and subject.surgery.other_cuts:
         return (subject.surgery,)
     order = subject.order
@@ -58,28 +58,32 @@ def read_model(
     return architecture
 
 
-def with_recovered(subject: Subject, registry: Registry, notify: Notify) -> Subject:
-    """Add the checkpoint that holds the plan, if its blocks were recovered."""
+def with_checkpoint(subject: Subject, registry: Registry, notify: Notify) -> Subject:
+    """Add the checkpoint that holds the plan, unless its weights are the dense model's."""
     plan = subject.plan
     file = subject.file
-    if plan is None or plan.recovery is None or file is None or file.name != CHECKPOINT_PLAN:
+    if plan is None or file is None:
         return subject
-    trusts_code = subject.architecture.source.trust_remote_code
-    checkpoint = locate_model(str(file.absolute().parent), notify, trust_remote_code=trusts_code)
+    checkpoint = locate_checkpoint(file, plan)
+    if checkpoint is None:
+        return subject
+    if plan.recovery is None and checkpoint.fingerprint == plan.checkpoint:
+        return subject
     if (count := len(read_plan(file).largest)) != len(plan.largest):
         raise _has_one_size(checkpoint, plan, count)
-    recovered = read_architecture(checkpoint, registry, notify)
-    if recovered.text_config.vocab_size != subject.architecture.text_config.vocab_size:
+    architecture = read_architecture(checkpoint, registry, notify)
+    if architecture.text_config.vocab_size != subject.architecture.text_config.vocab_size:
         raise PlanError(
             f"{checkpoint.id} has another vocabulary than {subject.architecture.source.id}, so "
             "their tokens cannot be compared.",
             hint=f"Measure each by itself: sleb eval {checkpoint.id}.",
         )
-    return replace(subject, other=recovered)
+    return replace(subject, other=architecture)
 
 
 def _has_one_size(checkpoint: ModelSource, plan: Plan, size: int) -> UsageError:
     return UsageError(
-        f"{checkpoint.id} was recovered without {plan.order.amount(size)}, and has no other size.",
+        f"{checkpoint.id} has weights of its own, without {plan.order.amount(size)}, and has no "
+        "other size.",
         hint="Leave out --remove and --every, or name the plan of the search.",
     )

@@ -20,8 +20,9 @@ from sleb_cli.engine.files.fingerprint import (
     stamp_of,
 )
 from sleb_cli.engine.files.weights import WeightFiles, find_weights, fingerprint_weights
-from sleb_cli.events import Notice, Notify
+from sleb_cli.events import Notice, Notify, ignore
 from sleb_cli.names import local_path, require_path
+from sleb_cli.plan import CHECKPOINT_PLAN, Plan
 from sleb_cli.requests import DEMO, require_text
 from sleb_plugins import ModelError, UsageError
 
@@ -192,6 +193,15 @@ def locate_model(
         stored = f"{name} is stored as pickles ({pickles[0].relative_to(folder)}{others})"
         notify(Notice(f"{stored}; sleb reads only tensors from them, and runs no code in them."))
     return source
+
+
+def locate_checkpoint(file: Path, plan: Plan) -> ModelSource | None:
+    """Find the checkpoint that holds a plan; None if the plan is in another file."""
+    folder = file.absolute().parent
+    if file.name != CHECKPOINT_PLAN or not (folder / "config.json").is_file():
+        return None
+    has_code = plan.made_for.code is not None
+    return locate_model(str(folder), ignore, trust_remote_code=has_code)
 
 
 def _find_folder(model: str, revision: str | None, notify: Notify) -> tuple[str, Path, str | None]:

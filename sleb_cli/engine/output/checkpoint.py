@@ -235,7 +235,8 @@ def _add_card_and_plan(
     path = folder / CHECKPOINT_PLAN
     # The results are of the plan's removals alone, so they do not describe a checkpoint with
     # further changes.
-    is_other = written.recovery or written.vocabulary or written.experts_per_token
+    has_other_cuts = written.vocabulary or written.experts_per_token
+    is_other = written.recovery or has_other_cuts
     described = None if is_other or (plan and plan.recovery) else subject.own_plan
     evaluations: dict[Path, EvalResult] = {}
     benchmarks: dict[Path, BenchResult] = {}
@@ -246,8 +247,12 @@ def _add_card_and_plan(
     card = model_card(subject, written, evaluation, join_results(benchmarks.values()))
     (folder / CARD).write_text(card, encoding="utf-8")
     if plan:
-        base = None if subject.own_plan else written.model
-        changes = {"base_model": base, "recovery": written.recovery, "proof": written.proof}
+        changes = {
+            "base_model": None if subject.own_plan else written.model,
+            "recovery": written.recovery,
+            "proof": written.proof,
+            "checkpoint": None if has_other_cuts else ModelSource(str(folder), folder).fingerprint,
+        }
         changed = plan.model_copy(update=changes)
         path.write_text(to_json(changed.published().to_data()), encoding="utf-8")
     results = results_folder(path)

@@ -21,7 +21,7 @@ class Subject:
     """A model, the surgery on it (of no block for a model alone), and its plan and file, if any.
 
     `other` has other weights than the dense model, and is measured in place of a pruned one: the
-    checkpoint of a plan whose blocks were recovered or, without a plan, any model to compare.
+    checkpoint of a plan, recovered or trained since, or, without a plan, any model to compare.
     """
 
     surgery: Surgery
@@ -35,8 +35,8 @@ class Subject:
         return self.surgery.architecture
 
     @property
-    def recovered(self) -> Architecture | None:
-        """The checkpoint of the plan, if its blocks were recovered."""
+    def checkpoint(self) -> Architecture | None:
+        """The checkpoint that holds the plan, if its weights are not the dense model's."""
         return self.other if self.plan else None
 
     @property
