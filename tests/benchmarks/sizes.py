@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from sleb_cli.checks.verbs import check_evaluation
 from sleb_cli.engine.door.evaluate import resolve_evaluation
-from sleb_cli.engine.door.files import locate
+from sleb_cli.engine.door.files import locate_pair
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.evaluation import Evaluation, evaluate_models
 from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
@@ -56,7 +56,7 @@ def main() -> None:
     plugins = load_plugins()
     named = check_evaluation(request, plugins)
     asked = resolve_evaluation(
-        request, named, locate(named, ignore), plugins, ignore, ProcessGroup()
+        request, named, locate_pair(named, ignore), plugins, ignore, ProcessGroup()
     )
     models = [asked.models.without(size).model for size in [(), *asked.models.sizes]]
     print(f"{len(models)} models, without {', '.join(map(str, asked.models.sizes))}")
