@@ -57,12 +57,15 @@ def files_in(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def add_dense(folder):
+def add_dense(folder, **more):
     """Add a dense module between pooling and normalization."""
     add_modules(folder, modules=("Transformer", "Pooling", "Dense", "Normalize"))
     dense = folder / "2_Dense"
-    save_file({"linear.weight": torch.randn(8, 32)}, dense / "model.safetensors")
-    settings = {"in_features": 32, "out_features": 8, "bias": False}
+    tensors = {"linear.weight": torch.randn(8, 32)}
+    if more:
+        tensors["residual.weight"] = torch.randn(8, 32)
+    save_file(tensors, dense / "model.safetensors")
+    settings = {"in_features": 32, "out_features": 8, "bias": False, **more}
     activation = {"activation_function": "torch.nn.modules.linear.Identity"}
     (dense / "config.json").write_text(json.dumps(settings | activation))
 
@@ -85,6 +88,8 @@ def in_masked_lm(folder):
     [
         add_modules,
         add_dense,
+        partial(add_dense, use_residual=True),
+        partial(add_modules, truncate_dim=8),
         in_masked_lm,
         lambda folder: None,
     ],

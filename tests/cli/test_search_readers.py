@@ -260,6 +260,7 @@ MODULES = "modules.json"
 POOLING = "1_Pooling/config.json"
 WHOLE = "config_sentence_transformers.json"
 LENGTH = "sentence_bert_config.json"
+POOLED = '48, "modality_config": {"text": {"method_output_name": "pooler_output"}}'
 
 
 @pytest.mark.parametrize(
@@ -271,12 +272,22 @@ LENGTH = "sentence_bert_config.json"
         (MODULES, ".Normalize", ".LSTM", "a module LSTM"),
         (POOLING, "mean", "middle", "with middle"),
         (POOLING, '"mean"', "3", "pooling_mode is 3"),
-        (POOLING, "{", '{"include_prompt": false,', "leaves out the prompt"),
+        (MODULES, "sentence_transformers.models.Norm", "own_code.Norm", "module own_code.Norm"),
+        (
+            POOLING,
+            "{",
+            '{"include_prompt": false,',
+            "of Pooling that sleb does not follow: include",
+        ),
+        (POOLING, "{", '{"new": 3,', "of Pooling that sleb does not follow: new is 3"),
         (WHOLE, '"prompts": {}', '"prompts": [1]', "prompts is [1]"),
         (WHOLE, '"prompts": {}', '"prompts": {"query": 3}', "query is 3"),
         (LENGTH, "48", '"48"', "max_seq_length is '48'"),
         (LENGTH, "48", "-3", "max_seq_length is -3"),
         (LENGTH, "48", '48, "modality_config": {"message": {}}', "in a chat template"),
+        (LENGTH, "48", '48, "query_length": 8', "query_length is 8"),
+        (LENGTH, "48", '48, "model_args": {"output_hidden_states": true}', "states is True"),
+        (LENGTH, "48", POOLED, "method_output_name is 'pooler_output'"),
     ],
 )
 def test_models_that_cannot_be_read_are_refused(run_sleb, texts, tmp_path, file, old, new, said):
@@ -299,7 +310,11 @@ def test_models_that_cannot_be_read_are_refused(run_sleb, texts, tmp_path, file,
                 "bias": False,
                 "activation_function": "os.system",
             },
-            "torch does not have: system",
+            "torch does not have: os.system",
+        ),
+        (
+            {"in_features": 32, "out_features": 8, "module_input_name": "token_embeddings"},
+            "of Dense that sleb does not follow: module_input_name is 'token_embeddings'",
         ),
     ],
 )

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
+from sentence_transformers.models import Dense, Dropout, LayerNorm, Normalize, Pooling, Transformer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 
 from conftest import architecture_of, prose
@@ -61,6 +61,13 @@ MODULES = {
         lambda width: Dense(16, 8, bias=False, activation_function=torch.nn.Identity()),
         lambda width: Normalize(),
     ],
+    "residual": [
+        partial(Pooling, pooling_mode="mean"),
+        lambda width: Dense(width, width, activation_function=torch.nn.PReLU(), use_residual=True),
+        lambda width: LayerNorm(width),
+        lambda width: Dense(width, 8, use_residual=True),
+        lambda width: Dropout(),
+    ],
 }
 
 
@@ -82,6 +89,20 @@ def test_old_settings_are_read_in_the_order_of_sentence_transformers(encoder, tm
     (folder / "1_Pooling" / "config.json").write_text(
         json.dumps({"word_embedding_dimension": 32, **old})
     )
+    compare(folder)
+
+
+def test_vectors_are_truncated(encoder, tmp_path):
+    folder = shutil.copytree(encoder, tmp_path / "short")
+    compare(add_modules(folder, truncate_dim=8))
+
+
+def test_the_length_may_stand_in_a_file_of_an_older_name(encoder, tmp_path):
+    folder = add_modules(shutil.copytree(encoder, tmp_path / "old"))
+    settings = (folder / "sentence_bert_config.json").rename(
+        folder / "sentence_roberta_config.json"
+    )
+    settings.write_text(json.dumps({"max_seq_length": 12}))
     compare(folder)
 
 

@@ -7,6 +7,7 @@ The walk and the race know this seam, and none of the endings.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -167,15 +168,16 @@ class Vectors(Reader):
 
     output = "vectors"
 
-    def __init__(self, pooling: nn.Module, behind: nn.Sequential) -> None:
+    def __init__(self, pooling: nn.Module, behind: nn.Sequential, width: int | None) -> None:
         self.pooling = pooling
         self.behind = behind
+        self.width = width
 
     def outputs(self, output: Any, texts: PaddedTexts) -> Tensor:
         """Return the vectors, as sentence-transformers computes them."""
         pooled = self.pooling(output.last_hidden_state.float(), texts.mask)
         vectors: Tensor = self.behind(pooled)
-        return vectors
+        return vectors[:, : self.width]
 
     def distance(self, outputs: Tensor, dense: Tensor) -> Tensor:
         """Return 1 - cosine."""
@@ -244,6 +246,29 @@ class Pooling(nn.Module):
         return torch.cat(vectors, dim=-1)
 
 
+class Dense(nn.Module):
+    """A linear map with a function behind it; with a residual, the input is added."""
+
+    def __init__(self, module: Module) -> None:
+        super().__init__()
+        settings = module.settings
+        widths = settings["in_features"], settings["out_features"]
+        self.linear = nn.Linear(*widths, bias=settings.get("bias", True))
+        self.activation_function = _activation(module)
+        self.residual: nn.Module | None = None
+        if settings.get("use_residual"):
+            self.residual = nn.Identity()
+            if settings["in_features"] != settings["out_features"]:
+                self.residual = nn.Linear(*widths, bias=False)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Map [texts, in_features] to [texts, out_features]."""
+        mapped: Tensor = self.activation_function(self.linear(vectors))
+        if self.residual is not None:
+            mapped = mapped + self.residual(vectors)
+        return mapped
+
+
 class Normalize(nn.Module):
     """Scales vectors to length 1."""
 
@@ -259,7 +284,8 @@ def ending_of(architecture: Architecture, device: torch.device) -> Ending:
         return LanguageHead()
     if reading.output == "vectors":
         width = len(reading.pooling) * architecture.text_config.hidden_size
-        return Vectors(Pooling(reading.pooling), _behind(reading.behind, width).to(device))
+        behind = _behind(reading.behind, width).to(device)
+        return Vectors(Pooling(reading.pooling), behind, reading.truncate_dim)
     if reading.output == "scores":
         return Scores()
     return Classes()
@@ -285,25 +311,21 @@ def _behind(listed: Sequence[Module], width: int) -> nn.Sequential:
 
 def _load_module(module: Module) -> nn.Module:
     if module.kind == "Dense":
-        return nn.Sequential(_load(_dense(module), module), _activation(module))
+        return _load(Dense(module), module)
     if module.kind == "LayerNorm":
-        return _load(nn.LayerNorm(module.settings["dimension"]), module)
+        norm = nn.LayerNorm(module.settings["dimension"])
+        return _load(nn.Sequential(OrderedDict(norm=norm)), module)
     if module.kind == "Normalize":
         return Normalize()
     return nn.Identity()  # dropout, which does nothing after training
 
 
-def _dense(module: Module) -> nn.Module:
-    settings = module.settings
-    return nn.Linear(
-        settings["in_features"], settings["out_features"], bias=settings.get("bias", True)
-    )
-
-
 def _activation(module: Module) -> nn.Module:
     """Return the function behind a dense module: a class of torch, by name; by default, tanh."""
-    name = str(module.settings.get("activation_function", "Tanh")).rpartition(".")[2]
-    kind = getattr(nn, name, None)
+    name = str(module.settings.get("activation_function", "torch.nn.Tanh"))
+    kind = None
+    if name.startswith("torch."):
+        kind = getattr(nn, name.rpartition(".")[2], None)
     if not isinstance(kind, type) or not issubclass(kind, nn.Module):
         raise ModelError(
             f"{module.folder} names an activation function that torch does not have: {name}.",
@@ -316,6 +338,6 @@ def _load(into: nn.Module, module: Module) -> nn.Module:
     """Read the weights of a module from its folder."""
     values = {}
     for name, tensor in read_all(find_weights(module.folder)):
-        values[name.rpartition(".")[2]] = tensor.float()
+        values[name] = tensor.float()
     into.load_state_dict(values)
     return into

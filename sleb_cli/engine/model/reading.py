@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_MAPPING
 
 from sleb_cli.engine.files.config_files import read_json
-from sleb_cli.engine.model.source import MODULES, ModelSource
+from sleb_cli.engine.model.source import MODULES, TRANSFORMER_SETTINGS, ModelSource
 from sleb_cli.events import Notice, Notify
 from sleb_cli.records import OutputKind
 from sleb_plugins import ModelError, UnsupportedModelError
@@ -32,6 +32,59 @@ _OLD_KEYS = {
 
 BEHIND = ("Dense", "Normalize", "LayerNorm", "Dropout")
 """The modules that may follow the pooling."""
+
+_ANY = None
+_ON_VECTOR = {
+    "module_input_name": ("sentence_embedding",),
+    "module_output_name": ("sentence_embedding",),
+}
+_KNOWN: Mapping[str, Mapping[str, tuple[Any, ...] | None]] = {
+    "Transformer": {
+        "max_seq_length": _ANY,
+        "do_lower_case": _ANY,
+        "unpad_inputs": _ANY,
+        "transformer_task": ("feature-extraction",),
+        "module_output_name": ("token_embeddings",),
+        "method": ("forward",),
+        "method_output_name": ("last_hidden_state", ["last_hidden_state"]),
+        "trust_remote_code": _ANY,
+        "attn_implementation": _ANY,
+        "add_pooling_layer": _ANY,
+        "dtype": _ANY,
+        "torch_dtype": _ANY,
+    },
+    "Pooling": {
+        "embedding_dimension": _ANY,
+        "word_embedding_dimension": _ANY,
+        "pooling_mode": _ANY,
+        "include_prompt": (True,),
+        **dict.fromkeys(_OLD_KEYS, _ANY),
+    },
+    "Dense": {
+        "in_features": _ANY,
+        "out_features": _ANY,
+        "bias": _ANY,
+        "activation_function": _ANY,
+        "use_residual": _ANY,
+        **_ON_VECTOR,
+    },
+    "Normalize": _ON_VECTOR,
+    "LayerNorm": {"dimension": _ANY},
+    "Dropout": {"dropout": _ANY},
+}
+"""The settings of each module, with the values that sleb computes with.
+
+Those that may have any are followed, or change no vector.
+"""
+_NESTED = (
+    "model_args",
+    "model_kwargs",
+    "config_args",
+    "config_kwargs",
+    "tokenizer_args",
+    "processor_kwargs",
+)
+"""Settings of the transformer that hold others."""
 
 SAVE_AGAIN = "Load it with a recent sentence-transformers, save it, and name the new folder."
 
@@ -57,6 +110,7 @@ class Reading:
         lower_case: whether texts are written in lower case first.
         prompts: texts to begin with, by name.
         prompt: the name of the one that is used.
+        truncate_dim: how many numbers of a vector are kept; None for all.
         by_cosine: whether vectors are compared by their cosine, not by dot products.
     """
 
@@ -67,6 +121,7 @@ class Reading:
     lower_case: bool = False
     prompts: Mapping[str, str] = field(default_factory=dict)
     prompt: str | None = None
+    truncate_dim: int | None = None
     by_cosine: bool = True
 
 
@@ -98,6 +153,28 @@ def find_reading(source: ModelSource, config: Any, notify: Notify) -> Reading | 
 
 
 def _read_modules(source: ModelSource) -> Reading:
+    pooling, *behind = _modules_behind_transformer(source)
+    settings = _transformer_settings(source)
+    whole = _settings_of(source.folder / "config_sentence_transformers.json")
+    prompts = {}
+    named = _value(whole, "prompts", dict, source) or {}
+    for name in named:
+        prompts[name] = _value(named, name, str, source) or ""
+    return Reading(
+        "vectors",
+        _pooling_modes(pooling, source),
+        tuple(behind),
+        longest=_count(settings, "max_seq_length", source),
+        lower_case=bool(settings.get("do_lower_case")),
+        prompts=prompts,
+        prompt=_value(whole, "default_prompt_name", str, source),
+        truncate_dim=_count(whole, "truncate_dim", source),
+        by_cosine=whole.get("similarity_fn_name") != "dot",
+    )
+
+
+def _modules_behind_transformer(source: ModelSource) -> list[Module]:
+    """Return the pooling, and the modules behind it."""
     modules = []
     for kind, path in source.modules:
         folder = source.folder / path
@@ -108,37 +185,59 @@ def _read_modules(source: ModelSource) -> Reading:
             raise _unknown(source, module.kind)
     if len(modules) < 2:
         raise _unknown(source, "Transformer and none behind it")
-    transformer, pooling, *behind = modules
+    transformer, *others = modules
     if transformer.folder != source.folder:
         name = transformer.folder.relative_to(source.folder)
         raise UnsupportedModelError(
             f"{source.id} keeps its transformer in {name}, not beside {MODULES}.", hint=SAVE_AGAIN
         )
-    settings = _settings_of(source.folder / "sentence_bert_config.json")
-    whole = _settings_of(source.folder / "config_sentence_transformers.json")
-    if "message" in (_value(settings, "modality_config", dict, source) or {}):
+    for module in others:
+        _require_known(module.kind, module.settings, source)
+    return others
+
+
+def _transformer_settings(source: ModelSource) -> Mapping[str, Any]:
+    """Return what sentence-transformers reads of its transformer, besides the model's config."""
+    settings: Mapping[str, Any] = {}
+    for name in reversed(TRANSFORMER_SETTINGS):
+        settings = _settings_of(source.folder / name) or settings
+    flat = dict(settings)
+    modality = _value(settings, "modality_config", dict, source) or {}
+    if "message" in modality:
         raise UnsupportedModelError(
             f"{source.id} reads each text in a chat template, which sleb does not write.",
             hint="If it was trained on plain texts, take `message` out of the modality_config in "
             "sentence_bert_config.json.",
         )
-    longest = _value(settings, "max_seq_length", int, source)
-    if longest is not None and longest < 1:
-        raise _broken(source, "max_seq_length", longest)
-    prompts = {}
-    named = _value(whole, "prompts", dict, source) or {}
-    for name in named:
-        prompts[name] = _value(named, name, str, source) or ""
-    return Reading(
-        "vectors",
-        _pooling_modes(pooling, source),
-        tuple(behind),
-        longest=longest,
-        lower_case=bool(settings.get("do_lower_case")),
-        prompts=prompts,
-        prompt=_value(whole, "default_prompt_name", str, source),
-        by_cosine=whole.get("similarity_fn_name") != "dot",
-    )
+    flat["modality_config"] = None
+    flat |= _value(modality, "text", dict, source) or {}
+    for key in _NESTED:
+        flat[key] = None
+        flat |= _value(settings, key, dict, source) or {}
+    _require_known("Transformer", flat, source)
+    return settings
+
+
+def _count(settings: Mapping[str, Any], key: str, source: ModelSource) -> int | None:
+    count = _value(settings, key, int, source)
+    if count is not None and count < 1:
+        raise _broken(source, key, count)
+    return count
+
+
+def _require_known(kind: str, settings: Mapping[str, Any], source: ModelSource) -> None:
+    """Refuse a module with a setting that would make other vectors than sleb's."""
+    for key, value in settings.items():
+        if value in (None, "", [], {}):
+            continue
+        values = _KNOWN[kind].get(key, ())
+        if values is not _ANY and value not in values:
+            raise UnsupportedModelError(
+                f"{source.id} has a setting of {kind} that sleb does not follow: {key} is "
+                f"{value!r}.",
+                hint="sentence-transformers computes other vectors with it than sleb would. If the "
+                "model does not need it, take it out of its file.",
+            )
 
 
 def _value(settings: Mapping[str, Any], key: str, kind: type[T], source: ModelSource) -> T | None:
@@ -175,8 +274,6 @@ def _pooling_modes(module: Module, source: ModelSource) -> tuple[str, ...]:
     modes = [named] if isinstance(named, str) else named or ["mean"]
     if not isinstance(modes, list):
         raise _broken(source, "pooling_mode", modes)
-    if module.settings.get("include_prompt") is False:
-        raise _unknown(source, "Pooling that leaves out the prompt")
     for mode in modes:
         if mode not in POOLING_MODES:
             raise _unknown(source, f"Pooling with {mode}")

@@ -29,6 +29,17 @@ from sleb_plugins import ModelError, UsageError
 MODULES = "modules.json"
 """The file of a sentence-transformers model that lists what its texts go through."""
 
+TRANSFORMER_SETTINGS = (
+    "sentence_bert_config.json",
+    "sentence_roberta_config.json",
+    "sentence_distilbert_config.json",
+    "sentence_camembert_config.json",
+    "sentence_albert_config.json",
+    "sentence_xlm-roberta_config.json",
+    "sentence_xlnet_config.json",
+)
+"""Where sentence-transformers looks for how texts are read; the first that is not empty counts."""
+
 _CHAT_TEMPLATES = "additional_chat_templates"
 
 # The files that sleb reads, and transformers, whose tokenizers have files of any of these kinds.
@@ -120,7 +131,9 @@ class ModelSource:
         modules = []
         for entry in read_json_list(listing):
             try:
-                kind = str(entry["type"]).rpartition(".")[2]
+                kind = str(entry["type"])
+                if kind.startswith("sentence_transformers."):
+                    kind = kind.rpartition(".")[2]
                 path = str(entry["path"])
                 leads_out = "\0" in path or links_outside(self.folder / path, self.folder)
             except (TypeError, KeyError):
@@ -142,7 +155,7 @@ class ModelSource:
         """List the settings and weights of the modules of a sentence-transformers model."""
         if not self.modules:
             return []
-        names = (MODULES, "sentence_bert_config.json", "config_sentence_transformers.json")
+        names = (MODULES, *TRANSFORMER_SETTINGS, "config_sentence_transformers.json")
         files = [self.folder / name for name in names]
         for path in self.module_paths:
             files += (self.folder / path).glob("*")
