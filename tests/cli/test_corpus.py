@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sentence_transformers import SimilarityFunction
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -264,16 +265,18 @@ def test_the_text_of_its_own_id_answers_no_query(sleb, request, beir, model, cou
             assert (measured[name]["dense"]["items"][0] > 0) == is_found
 
 
-def test_vectors_of_a_model_for_dot_products_are_ranked_by_these(sleb, tmp_path):
+@pytest.mark.parametrize("name", ["dot", "euclidean", "manhattan"])
+def test_vectors_are_ranked_by_the_similarity_of_their_model(sleb, tmp_path, name):
     folder = save_reader(tmp_path / "model", word_pieces(prose(200)))
-    add_modules(folder, modules=("Transformer", "Pooling"), similarity_fn_name="dot")
+    add_modules(folder, modules=("Transformer", "Pooling"), similarity_fn_name=name)
     (tmp_path / "texts.txt").write_text(prose(240))
     words = ["eval", folder, "--blocks", 2, "--corpus", "texts.txt", "--json"]
     measured = measures(sleb(*words, "--sequence-length", 24))
     dense = reading(folder, TEXTS, length=24)
     pruned = reading(folder, TEXTS, {2}, length=24)
-    before = top_ten((dense @ dense.T).fill_diagonal_(-math.inf))
-    after = top_ten((pruned @ dense.T).fill_diagonal_(-math.inf))
+    similarity = SimilarityFunction.to_similarity_fn(name)
+    before = top_ten(similarity(dense, dense).fill_diagonal_(-math.inf))
+    after = top_ten(similarity(pruned, dense).fill_diagonal_(-math.inf))
     shares = []
     for one, other in zip(before, after, strict=True):
         shares.append(len({*one} & {*other}) / 10)

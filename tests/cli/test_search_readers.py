@@ -282,6 +282,8 @@ POOLED = '48, "modality_config": {"text": {"method_output_name": "pooler_output"
         (POOLING, "{", '{"new": 3,', "of Pooling that sleb does not follow: new is 3"),
         (WHOLE, '"prompts": {}', '"prompts": [1]', "prompts is [1]"),
         (WHOLE, '"prompts": {}', '"prompts": {"query": 3}', "query is 3"),
+        (WHOLE, "{", '{"similarity_fn_name": "maxsim",', "similarity_fn_name is 'maxsim'"),
+        (WHOLE, "{", '{"truncate_dim": 0,', "truncate_dim is 0"),
         (LENGTH, "48", '"48"', "max_seq_length is '48'"),
         (LENGTH, "48", "-3", "max_seq_length is -3"),
         (LENGTH, "48", '48, "modality_config": {"message": {}}', "in a chat template"),

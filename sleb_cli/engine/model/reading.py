@@ -86,6 +86,8 @@ _NESTED = (
 )
 """Settings of the transformer that hold others."""
 
+SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+
 SAVE_AGAIN = "Load it with a recent sentence-transformers, save it, and name the new folder."
 
 
@@ -111,7 +113,7 @@ class Reading:
         prompts: texts to begin with, by name.
         prompt: the name of the one that is used.
         truncate_dim: how many numbers of a vector are kept; None for all.
-        by_cosine: whether vectors are compared by their cosine, not by dot products.
+        similarity: how vectors are compared, one of `SIMILARITIES`.
     """
 
     output: OutputKind
@@ -122,7 +124,7 @@ class Reading:
     prompts: Mapping[str, str] = field(default_factory=dict)
     prompt: str | None = None
     truncate_dim: int | None = None
-    by_cosine: bool = True
+    similarity: str = "cosine"
 
 
 def find_reading(source: ModelSource, config: Any, notify: Notify) -> Reading | None:
@@ -156,6 +158,9 @@ def _read_modules(source: ModelSource) -> Reading:
     pooling, *behind = _modules_behind_transformer(source)
     settings = _transformer_settings(source)
     whole = _settings_of(source.folder / "config_sentence_transformers.json")
+    similarity = _value(whole, "similarity_fn_name", str, source) or "cosine"
+    if similarity not in SIMILARITIES:
+        raise _broken(source, "similarity_fn_name", similarity)
     prompts = {}
     named = _value(whole, "prompts", dict, source) or {}
     for name in named:
@@ -169,7 +174,7 @@ def _read_modules(source: ModelSource) -> Reading:
         prompts=prompts,
         prompt=_value(whole, "default_prompt_name", str, source),
         truncate_dim=_count(whole, "truncate_dim", source),
-        by_cosine=whole.get("similarity_fn_name") != "dot",
+        similarity=similarity,
     )
 
 

@@ -6,7 +6,7 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import fmean
@@ -194,6 +194,31 @@ def _scores(items: Sequence[float]) -> TaskScores:
     return TaskScores(value=fmean(items), stderr=None, interval=None, items=tuple(items))
 
 
+def _cosine(queries: Tensor, texts: Tensor) -> Tensor:
+    return functional.normalize(queries) @ functional.normalize(texts).T
+
+
+def _dot(queries: Tensor, texts: Tensor) -> Tensor:
+    return queries @ texts.T
+
+
+def _euclidean(queries: Tensor, texts: Tensor) -> Tensor:
+    return -torch.cdist(queries, texts)
+
+
+def _manhattan(queries: Tensor, texts: Tensor) -> Tensor:
+    return -torch.cdist(queries, texts, p=1)
+
+
+SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": _cosine,
+    "dot": _dot,
+    "euclidean": _euclidean,
+    "manhattan": _manhattan,
+}
+"""How near each text is to each query, [queries, texts], by the names of sentence-transformers."""
+
+
 class VectorComparison(CorpusComparison):
     """Each query, or each text, finds the nearest texts in two indices."""
 
@@ -203,23 +228,20 @@ class VectorComparison(CorpusComparison):
         super().__init__(corpus, architecture)
         self.queries = corpus.queries
         assert architecture.reading is not None
-        self._by_cosine = architecture.reading.by_cosine
+        self._similarity = SIMILARITIES[architecture.reading.similarity]
 
     def measures(self, outputs: Tensor, dense: Tensor) -> Measures:
         """Say how many of the nearest texts stay, and how good the first are."""
-        if self._by_cosine:
-            outputs = functional.normalize(outputs)
-            dense = functional.normalize(dense)
         own = self.corpus.own or range(self.count)  # no text finds itself
         first = len(outputs) - len(own)
-        texts = dense[: self.count].T
+        texts = dense[: self.count]
         measures: Measures = defaultdict(list)
         for start in range(0, len(own), QUERIES_AT_ONCE):
             rows = slice(first + start, first + start + QUERIES_AT_ONCE)
-            wanted = dense[rows] @ texts
+            wanted = self._similarity(dense[rows], texts)
             indices = {
-                "old index": outputs[rows] @ texts,
-                "own index": outputs[rows] @ outputs[: self.count].T,
+                "old index": self._similarity(outputs[rows], texts),
+                "own index": self._similarity(outputs[rows], outputs[: self.count]),
             }
             for row, text in enumerate(own[start : start + QUERIES_AT_ONCE]):
                 if text is not None:
