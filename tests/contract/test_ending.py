@@ -6,9 +6,15 @@ from functools import partial
 
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.models import Dense, Dropout, LayerNorm, Normalize, Pooling, Transformer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 
 from conftest import architecture_of, prose
 from encoders import add_modules, bert_config, save_reader, word_pieces
@@ -106,14 +112,46 @@ def test_the_length_may_stand_in_a_file_of_an_older_name(encoder, tmp_path):
     compare(folder)
 
 
-def compare(folder):
+@pytest.fixture
+def of_bytes():
+    """A tokenizer of bytes, to which white space tells."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    numbers = {letter: number for number, letter in enumerate(["[PAD]", "[SEP]", *letters])}
+    tokenizer = Tokenizer(models.BPE(numbers, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 1), ("[SEP]", 1))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", model_max_length=64
+    )
+
+
+def test_white_space_around_a_text_is_read(of_bytes, tmp_path):
+    folder = save_reader(tmp_path / "model", of_bytes, bert_config(vocab_size=260))
+    compare(add_modules(folder), [f" {TEXTS[1]}", f"\n{TEXTS[2]}", f"{TEXTS[3][:20]} \n"])
+
+
+def test_white_space_around_the_texts_of_a_pair_is_read(of_bytes, tmp_path):
+    config = bert_config(vocab_size=260, num_labels=1)
+    auto_class = AutoModelForSequenceClassification
+    folder = save_reader(tmp_path / "model", of_bytes, config, auto_class)
+    pairs = [(f" {TEXTS[1]} ", f"\n{TEXTS[0]}"), (TEXTS[0], f"{TEXTS[1]} ")]
+    stock = CrossEncoder(str(folder), device="cpu", activation_fn=torch.nn.Identity())
+    expected = stock.predict(pairs, convert_to_tensor=True)
+    torch.testing.assert_close(outputs_of(folder, pairs)[:, 0], expected, atol=1e-5, rtol=0)
+
+
+def compare(folder, texts=TEXTS):
     """Compare our vectors of a saved model with those of sentence-transformers."""
     stock = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    expected = stock.encode(texts, convert_to_tensor=True)
+    torch.testing.assert_close(outputs_of(folder, texts), expected, atol=1e-5, rtol=0)
+
+
+def outputs_of(folder, texts):
+    """Return what a model puts out for texts or pairs, [texts, width]."""
     architecture = architecture_of(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = pad_texts(tokenizer, TEXTS, TextShape(architecture.longest_sequence))
+    padded = pad_texts(tokenizer, texts, TextShape(architecture.longest_sequence))
     placement = Placement(torch.device("cpu"), torch.float32)
     with open_model(architecture, placement, ignore) as model, torch.inference_mode():
-        ours = model.ending.of_model(model, texts.split(len(texts))[0], ())
-    expected = stock.encode(TEXTS, convert_to_tensor=True)
-    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+        return model.ending.of_model(model, padded.trimmed(), ())

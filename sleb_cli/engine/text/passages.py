@@ -120,7 +120,6 @@ def pad_texts(tokenizer: Any, items: Sequence[Item], shape: TextShape) -> Padded
 
 def _encode(tokenizer: Any, item: Item, shape: TextShape, length: int) -> Any:
     parts = [item] if isinstance(item, str) else list(item)
-    parts = [part.strip() for part in parts]
     parts[0] = shape.prompt + parts[0]
     if shape.lower_case:
         parts = [part.lower() for part in parts]
