@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import evaluation, llama_config, opt_config, prose, save_model, write_task
@@ -185,6 +185,35 @@ def test_with_bos_tokenizers_predict_every_byte(sleb, parent, with_letters, tmp_
         count = len(tokens.input_ids) // (LENGTH - 1) * (LENGTH - 1)
         ends.append(tokens.offset_mapping[count - 1][1])
     assert compared["bytes"] == min(ends)
+
+
+def append_eos(folder):
+    """Have a model's tokenizer end each text with its EOS token."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    eos = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {tokenizer.eos_token}", special_tokens=[eos]
+    )
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("behind", [0, 1], ids=["in the last window", "behind it"])
+def test_an_eos_that_the_tokenizer_appends_has_no_bytes(
+    sleb, parent, with_letters, tmp_path, behind
+):
+    append_eos(with_letters)
+    text = tmp_path / "text.txt"
+    text.write_text(prose(200)[: 40 * LENGTH - 1 + behind])
+    options = ["--perplexity", text, "--sequence-length", LENGTH, "--json"]
+    (compared,) = sleb("eval", with_letters, "--against", parent, *options).data["compared"][
+        "bytes"
+    ]
+    ids, _ = placed(with_letters, text.read_text())
+    tokens = AutoTokenizer.from_pretrained(parent)(text.read_text(), return_offsets_mapping=True)
+    end, _ = tokens.offset_mapping[len(tokens.input_ids) // LENGTH * LENGTH]
+    counted = torch.arange(ids.numel()).view_as(ids)[:, 1:] < end  # a letter is a token and a byte
+    expected = losses(logits_of(with_letters, ids), ids)[counted].mean() / math.log(2)
+    assert compared["bits"][1] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_windows_with_a_token_that_the_other_lacks_are_left_out(sleb, parent, tmp_path):

@@ -59,7 +59,11 @@ def cut_by_bytes(
     count = len(windows.ids) * width
     tokens = tokenizer(text.content, add_special_tokens=not bos, return_offsets_mapping=True)
     # A token ends where the next begins: pieces of one character count it once.
-    starts = [start for start, _ in tokens.offset_mapping] + [len(text.content)]
+    starts = [len(text.content)]
+    for start, end in reversed(tokens.offset_mapping):
+        # One without text, such as an EOS that ends the text, begins there, too.
+        starts.append(start if start < end else starts[-1])
+    starts.reverse()
     sizes = []
     for start, end in pairwise(starts[: count + 1]):
         sizes.append(len(text.content[start:end].encode()))
