@@ -216,6 +216,17 @@ def test_an_eos_that_the_tokenizer_appends_has_no_bytes(
     assert compared["bits"][1] == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_an_eos_that_the_tokenizers_append_is_read_alike(sleb, parent, tmp_path):
+    append_eos(parent)
+    other = changed(parent, "other", dict)
+    tokenizer = AutoTokenizer.from_pretrained(parent)
+    text = tmp_path / "text.txt"
+    text.write_text(tokenizer.decode(tokenizer(prose(200)).input_ids[: 4 * LENGTH - 1]))
+    (windows,) = compare(sleb, other, parent, text)["texts"]
+    assert windows["windows"] == 4
+    assert windows["pruned"][0]["divergence"]["mean"] < 1e-9
+
+
 def test_windows_with_a_token_that_the_other_lacks_are_left_out(sleb, parent, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(prose(60) + "\n" + "~" * 100)

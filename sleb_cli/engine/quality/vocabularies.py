@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -101,23 +103,33 @@ def _cut_alike(windows: EvaluationWindows, shared: SharedTokens, dense: Any, oth
     content = windows.text.content
     # Slow tokenizers do not tell where tokens are: then the number of tokens before must agree.
     by_offset = dense.is_fast and other.is_fast
-    ids, starts = _placed(dense, content, by_offset=by_offset)
-    other_ids, other_starts = _placed(other, content, by_offset=by_offset)
+    special = windows.bos != "windows"  # otherwise the BOS stands before each window's text
+    place = partial(_place, content=content, special=special, by_offset=by_offset)
+    ids, starts, added = place(dense)
+    other_ids, other_starts, _ = place(other)
     translated = shared.of_other(torch.tensor(ids)).tolist()
     in_other = set(zip(other_starts, other_ids, strict=True))
     same = torch.tensor([token in in_other for token in zip(starts, translated, strict=True)])
+    same |= torch.tensor(added, dtype=torch.bool)
     count, length = windows.ids.shape
-    if windows.bos == "windows":
-        length -= 1  # the BOS has no text
-    if windows.bos == "text":
-        same = torch.cat([torch.ones(1, dtype=torch.bool), same])
+    if not special:
+        length -= 1
     return same[: count * length].view(count, length).all(1)
 
 
-def _placed(tokenizer: Any, content: str, *, by_offset: bool) -> tuple[list[int], list[int]]:
-    """Return the tokens of a text, without a BOS, and where each begins."""
-    if not by_offset:
-        ids = tokenizer(content, add_special_tokens=False).input_ids
-        return ids, list(range(len(ids)))
-    tokens = tokenizer(content, add_special_tokens=False, return_offsets_mapping=True)
-    return tokens.input_ids, [start for start, _ in tokens.offset_mapping]
+def _place(
+    tokenizer: Any, content: str, *, special: bool, by_offset: bool
+) -> tuple[list[int], list[int], list[int]]:
+    """Return the tokens of a text, where each begins, and which the tokenizer adds to the text."""
+    tokens = tokenizer(
+        content,
+        add_special_tokens=special,
+        return_special_tokens_mask=True,
+        return_offsets_mapping=by_offset,
+    )
+    added = tokens.special_tokens_mask
+    if by_offset:
+        starts = [start for start, _ in tokens.offset_mapping]
+    else:
+        starts = list(accumulate(1 - mark for mark in added))
+    return tokens.input_ids, starts, added
