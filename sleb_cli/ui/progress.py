@@ -130,8 +130,8 @@ class _BarListener:
             case TaskFinished(task):
                 total = self._totals[task] or 1
                 self._progress.update(self._tasks[task], total=total, completed=total, note="")
-            case HealChecked(_, divergence, validation):
-                note = f"KL {divergence:.3f}, on validation text {validation:.3f}"
+            case HealChecked(_, divergence, validation, measure):
+                note = f"{measure} {divergence:.3f}, on validation text {validation:.3f}"
                 self._progress.update(self._tasks[HEAL_TASK], note=note)
             case SearchStarted(_, remove, done):
                 self._add(SEARCH_TASK, remove, "blocks")

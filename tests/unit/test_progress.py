@@ -6,7 +6,9 @@ import re
 import pytest
 
 from sleb_cli.events import (
+    HEAL_TASK,
     SCORING_TASK,
+    HealChecked,
     Notice,
     SearchStarted,
     TaskAdvanced,
@@ -58,6 +60,15 @@ def test_names_stay_as_they_are_and_leave_room_for_numbers(shown, width):
     listen(TaskFinished(SCORING_TASK))
     assert len(shown.render_lines(bars.get_renderable(), pad=False)) == 5
     assert "org/d:train:[e]" in shown.file.getvalue()
+
+
+def test_the_bar_of_a_healing_names_what_it_measures(shown):
+    bars = progress._progress(shown)
+    listen = progress._BarListener(bars)
+    listen(TaskStarted(HEAL_TASK, 100, "%"))
+    listen(HealChecked(0.5, 0.25, 0.125, "distance from the dense model"))
+    (task,) = bars.tasks
+    assert task.fields["note"] == "distance from the dense model 0.250, on validation text 0.125"
 
 
 def test_a_log_reports_the_time_left_less_and_less_often(monkeypatch, shown):
