@@ -116,7 +116,7 @@ def test_an_interrupted_healing_resumes_to_the_same_bytes(healed, tmp_path, monk
         steps = interrupt_healing(patches, 100)
         failing(writing, "prove", ProofError("It failed.", hint="Try again."))(patches)
         assert (
-            "Continuing an interrupted healing, after 2,560 tokens"
+            "Continuing an interrupted healing, after 2,560 tokens (62%)"
             in healed(*command, code=9).stderr
         )
     assert len(steps) == 3

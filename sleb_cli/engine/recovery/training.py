@@ -102,12 +102,12 @@ class Training:
         self.state = {f"trained.{key}": tensor for key, tensor in weights.state.items()}
         self.state["best"] = self.best
         restored = job.state.restore(name, Progress, self.state)
-        if restored:
-            weights.write_weights()
-            tokens = f"{restored.tokens:,} tokens"
-            job.notify(Notice(f"Continuing an interrupted healing, after {tokens}."))
         self.progress = restored or Progress()
         self.clock = Clock(budget, advance, self.progress.seconds)
+        if restored:
+            weights.write_weights()
+            done = f"{restored.tokens:,} tokens ({self._used():.0%})"
+            job.notify(Notice(f"Continuing an interrupted healing, after {done}."))
 
     def run(self) -> Literal["budget", "patience"]:
         """Train, set the weights to the best values, and return why training stopped."""
