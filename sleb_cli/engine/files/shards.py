@@ -26,8 +26,8 @@ from sleb_cli.engine.files.tensors import read_tensors
 from sleb_cli.engine.files.weights import SAFETENSORS, WeightFiles
 from sleb_cli.events import Notify, task
 
-INDEX = f"{SAFETENSORS}.index.json"
 WEIGHTS_TASK = "Writing weights"
+INDEX = f"{SAFETENSORS}.index.json"
 """The file that says which weight file holds which tensor, if there are several."""
 
 
