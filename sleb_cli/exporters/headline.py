@@ -126,7 +126,7 @@ def every_size(findings: Findings) -> Table:
         for line in lines:
             value, _ = line.values.get(len(key), (None, None))
             row.append(value)
-        if any(row[1:]):
+        if any(number is not None for number in row[1:]):
             rows.append(row)
     notes = [WORKLOADS] if findings.main_workloads else []
     return tabulate("Every measured size", columns, rows, notes)

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from measured_plans import make_benchmark, make_evaluation, make_plan, write_measured
 from sleb_cli.events import ignore
 from sleb_cli.exporters.findings import Findings
+from sleb_cli.exporters.headline import every_size
 from sleb_cli.plan import ClosedFormRecord, LossesRecord, RecoveryRecord
 from sleb_cli.saved_results import keep_result, results_folder
 from sleb_cli.tables.quality import task_names, text_names
@@ -148,6 +149,21 @@ def test_results_may_lack_whatever_is_optional(report):
     assert "repetition, lower is better" in page.text
     for words in ("accuracy kept", "nan"):
         assert words not in page.text
+
+
+def test_a_size_that_keeps_nothing_is_listed():
+    plan = make_plan(8, 2)
+
+    def keep_nothing(data):
+        (task,) = data["tasks"]
+        task["use"] = "choosing"
+        for scores in task["pruned"]:
+            scores["difference"] = -task["dense"]["value"]
+
+    evaluation = make_evaluation(plan, items=40, texts=(), tasks=("piqa",), every=1)
+    evaluation = changed(evaluation, keep_nothing)
+    table = every_size(Findings(plan, Path("plan.json"), evaluation, None))
+    assert [row[1] for row in table.rows] == ["100%", "0.0%", "0.0%"]
 
 
 def test_names_tell_apart_what_was_measured_twice():
