@@ -10,7 +10,7 @@ import pytest
 
 from measured_plans import make_benchmark, make_evaluation, make_plan, write_measured
 from sleb_cli.exporters.table.figure import draw_figure
-from sleb_cli.exporters.table.rows import PlanTable
+from sleb_cli.exporters.table.rows import PlanTable, _seen_in
 
 OLDER = Path(__file__).parents[1] / "older_plans"
 MINE = "perplexity, mine.txt (searched on)"
@@ -115,6 +115,10 @@ def test_a_text_that_only_some_plans_were_searched_on_is_named_so(table, measure
     write_measured(tmp_path / "b", plan, evaluation=mine)
     names = cells(table().splitlines()[0])
     assert "perplexity, mine.txt (searched on by some plans)" in names
+
+
+def test_a_text_that_no_plan_was_measured_on_has_no_remark(measured):
+    assert _seen_in([], measured[0].texts[0]) == []
 
 
 def test_no_cell_of_a_csv_file_is_a_formula(sleb, measured, tmp_path):

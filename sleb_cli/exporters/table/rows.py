@@ -171,8 +171,9 @@ def _seen_in(plans: Sequence[Findings], text: TextResult) -> list[str]:
     for findings in plans:
         if any(own.key == text.key for own in findings.texts):
             uses.append(set(findings.seen_in(text)))
-    by_all = set.intersection(*uses)
-    by_some = set.union(*uses) - by_all
+    by_any = set[str]().union(*uses)
+    by_all = by_any.intersection(*uses)
+    by_some = by_any - by_all
     return [*sorted(by_all), *(f"{use} by some plans" for use in sorted(by_some))]
 
 
