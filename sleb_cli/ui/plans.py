@@ -139,6 +139,8 @@ def race_summary(plan: Plan) -> str:
         if leads and min(leads) < closest:
             closest = min(leads)
             closest_step = number
+    if math.isinf(closest):
+        return "raced: no step had two candidates to race"
     return (
         f"raced: {done / whole:.0%} of the evaluations; the closest lead was {closest:.4f}, in "
         f"step {closest_step}"

@@ -103,6 +103,11 @@ def test_a_race_is_recorded_and_shown(search, found, tmp_path):
     )
 
 
+def test_a_race_of_one_candidate_has_no_lead(search):
+    shown = search("--remove 1 --fast --protect-first 3 --protect-last 2").stdout
+    assert "raced: no step had two candidates to race" in shown
+
+
 def test_an_existing_plan_is_not_overwritten(search, tmp_path):
     (tmp_path / "plan.json").write_text("mine")
     assert "plan.json already exists" in search("--remove", 1, code=8).stderr
