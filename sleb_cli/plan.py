@@ -16,6 +16,7 @@ from sleb_cli.names import names_beside, public_source
 from sleb_cli.order import Order, SizeKey
 from sleb_cli.records import (
     ModelRecord,
+    OutputKind,
     Perplexity,
     Proof,
     Public,
@@ -364,16 +365,10 @@ class RecoveryRecord(Record):
             measured.append((name, self.heal.losses, getattr(answers, "healed", None)))
         return measured
 
-    @property
-    def is_of_reader(self) -> bool:
-        """Whether the losses are distances of a model that only reads."""
-        return self.dense.loss == self.dense.divergence
-
-    @property
-    def summaries(self) -> list[str]:
+    def summaries(self, output: OutputKind | None) -> list[str]:
         """Say what is back on each measured text; on text unlike that of the fit, less is."""
         _, written, on_answers = self.models[-1]
-        if self.is_of_reader:
+        if output:
             left = written.left_of(self.pruned)
             return [
                 f"on {plural(self.test_text.sequences, 'held-out text')} like those of the fit "

@@ -6,6 +6,7 @@ from typing import Any
 
 from sleb_cli.names import public_source
 from sleb_cli.plan import ExpertPlan, Plan, RecoveryRecord, SampleGeneration
+from sleb_cli.records import OutputKind
 from sleb_cli.tables.table import PERPLEXITY, Column, Table, tabulate
 from sleb_cli.units import format_bytes, format_change, format_count, format_perplexity, spans
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
@@ -154,12 +155,13 @@ def sizes(plan: Plan) -> str | None:
     return f"parameters {parameters}, used by a token {active}; weights {stored}"
 
 
-def recovery(record: RecoveryRecord) -> Table:
-    """List the losses of a recovered model on held-out text."""
-    if record.is_of_reader:
+def recovery(record: RecoveryRecord, output: OutputKind | None) -> Table:
+    """List the losses of a recovered model, or the distances of its output, on held-out text."""
+    summaries = record.summaries(output)
+    if output:
         distances = [[name, losses.divergence] for name, losses, _ in record.models]
         return tabulate(
-            "Recovery", [("model", str), ("distance", "{:.4f}".format)], distances, record.summaries
+            "Recovery", [("model", str), ("distance", "{:.4f}".format)], distances, summaries
         )
     columns: list[Column] = [
         ("model", str),
@@ -172,7 +174,7 @@ def recovery(record: RecoveryRecord) -> Table:
     for name, losses, answers in record.models:
         on_answers = answers.divergence if answers else None
         rows.append([name, math.exp(losses.loss), losses.loss, losses.divergence, on_answers])
-    return tabulate("Recovery", columns, rows, record.summaries)
+    return tabulate("Recovery", columns, rows, summaries)
 
 
 def sample_rows(sample: SampleGeneration) -> list[tuple[str, str, str]]:

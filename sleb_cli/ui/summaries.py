@@ -111,7 +111,7 @@ def _show_checkpoint(result: ApplyResult) -> None:
     from sleb_cli.tables.usage import python_lines
 
     if result.recovery:
-        show_table(recovery(result.recovery), title=False)
+        show_table(recovery(result.recovery, result.model.output), title=False)
     if result.proof:
         _show_proof(result.proof, [])
     else:

@@ -68,7 +68,7 @@ def test_a_recovery_is_reported_on_answers_too(sleb, chatty, text_file, tmp_path
     shown = sleb(*recover, "--calibration", mixture)
     assert "KL, answers" in shown.stdout
     record = recovered(sleb(*recover, "--calibration", mixture, "--force --json"))
-    like_it, on_answers = record.summaries
+    like_it, on_answers = record.summaries(None)
     assert like_it.startswith(f"on held-out text like that of the fit ({record.test_text}), ")
     assert on_answers.startswith("on answers in its own conversations, ")
     assert like_it in shown.stdout

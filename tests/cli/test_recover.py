@@ -83,7 +83,7 @@ def test_new_values_are_written_proven_and_recorded(
         "matches the recovered model in memory",
         f"{pruned:.2f}",
         f"{recovered:.2f}",
-        *record.summaries,
+        *record.summaries(None),
     ):
         assert words in result.stdout
     card = (out / "README.md").read_text()

@@ -87,7 +87,7 @@ def model_card(
     if subject.own_plan and subject.own_plan.sample_generation:
         lines += _sample_generation(subject.own_plan.sample_generation)
     if recovery:
-        lines += _recovery(subject.order, recovery)
+        lines += _recovery(subject.order, recovery, written.model.output)
     lines += _proof(written.proof)
     if written.model.output:
         lines += _for_readers(source, written.model.output, subject.surgery.name)
@@ -316,14 +316,14 @@ def _sample_generation(sample: SampleGeneration) -> list[str]:
     return [*lines, "```"]
 
 
-def _recovery(order: Order, recovery: RecoveryRecord) -> list[str]:
+def _recovery(order: Order, recovery: RecoveryRecord, output: OutputKind | None) -> list[str]:
     published = recovery.published()
     text = in_markdown(str(published.train_text))
     about = (
         f"The {order.recovered} were given new weights on {text}, to bring the model closer to the "
         f"base model."
     )
-    return ["", about, *_table(search_results.recovery(published))]
+    return ["", about, *_table(search_results.recovery(published, output))]
 
 
 def _proof(proof: Proof | None) -> list[str]:

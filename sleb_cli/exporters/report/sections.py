@@ -44,7 +44,7 @@ def sections(findings: Findings) -> list[Section]:
         gains = speed.benchmark_tables(findings.benchmark)
         settings.append(provenance.result_settings(findings.benchmark))
     if plan.recovery:
-        recovered = [search_results.recovery(plan.recovery)]
+        recovered = [search_results.recovery(plan.recovery, plan.model.output)]
     cost_plot = perplexity_plot(findings) or distance_plot(plan)
     candidates = [
         Section("trade", "Quality against speed", trade_plot(findings)),
