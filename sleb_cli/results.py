@@ -464,12 +464,16 @@ class StageRecord(Record):
     """How far a stage of the other model is from the dense one's, on the same hidden states.
 
     `difference` is relative to what the dense stage adds to them, or puts out. A stage is
-    "embeddings", "block 3" or "head".
+    "embeddings", "block 3" or "head". `rows` are the dense model's tokens whose rows of the head
+    stand out among the others, the most different first.
     """
+
+    left_out_if_none = frozenset({"rows"})
 
     stage: str
     difference: float
     stands_out: bool
+    rows: tuple[int, ...] = ()
 
 
 class ComparedRecord(Record):

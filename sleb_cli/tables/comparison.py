@@ -60,14 +60,14 @@ def stages(records: Sequence[StageRecord]) -> Table:
     columns: list[Column] = [("stage", str), ("differs by", _difference), ("", str)]
     most = max((record.difference for record in records), default=0.0)
     rows = []
+    if most < ROUNDING and not any(record.stands_out for record in records):
+        records = ()
     for record in records:
-        if most < ROUNDING:
-            break
         bar = "█" * math.ceil(BAR * record.difference / most)
         rows.append([record.stage, record.difference, f"{bar} ←" if record.stands_out else bar])
     notes = [
         "differs by: the difference of what a stage adds to the same hidden states, as a share of "
-        "what the dense one adds; of the head, for the token that differs most. ←: stands out."
+        "what the dense one adds; of the head, the difference of its logits. ←: stands out."
     ]
     return tabulate("Where they differ", columns, rows, notes)
 
@@ -93,7 +93,12 @@ def conclusions(result: EvalResult) -> list[str]:
     sentences += [_of_bytes(text) for text in compared.bytes]
     sentences += _of_tasks(result.tasks)
     for record in compared.stages:
-        if record.stands_out:
+        if record.rows:
+            sentences.append(
+                f"Its head stands out in {plural(len(record.rows), 'row')}: most in that of token "
+                f"{record.rows[0]}."
+            )
+        elif record.stands_out:
             sentences.append(
                 f"Its {record.stage} stands out: on the same hidden states, it differs by "
                 f"{_difference(record.difference)}."

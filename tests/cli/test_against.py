@@ -258,6 +258,38 @@ FAULTS = {
 }
 
 
+def swap_rows(tensors):
+    """Swap the rows of two tokens in the head."""
+    head = tensors["lm_head.weight"]
+    head[[70, 200]] = head[[200, 70]]
+
+
+def round_all(tensors):
+    """Round all matrices to four bits."""
+    for name, tensor in tensors.items():
+        if tensor.dim() > 1:
+            step = tensor.abs().amax(1, keepdim=True) / 7
+            tensors[name] = (tensor / step).round() * step
+
+
+def test_rows_of_the_head_are_judged_against_the_others(sleb, parent, text_file):
+    rounded = changed(parent, "rounded", round_all)
+    stages = compare(sleb, rounded, parent, text_file)["compared"]["stages"]
+    assert not any(found["stands_out"] for found in stages)
+    swapped = changed(rounded, "swapped", swap_rows)
+    result = sleb("eval", swapped, "--against", parent, *evaluation(text_file))
+    assert "Its head stands out in 2 rows" in " ".join(result.stdout.split())
+
+
+def test_the_head_differs_by_all_its_logits(sleb, parent, text_file):
+    head = compare(sleb, changed(parent, "swapped", swap_rows), parent, text_file)["compared"][
+        "stages"
+    ][-1]
+    assert sorted(head["rows"]) == [70, 200]
+    assert head["stands_out"]
+    assert 0 < head["difference"] < 0.2
+
+
 @pytest.mark.parametrize("stage", FAULTS)
 def test_a_fault_is_found_where_it_is(sleb, parent, text_file, stage):
     other = changed(parent, "faulty", FAULTS[stage])

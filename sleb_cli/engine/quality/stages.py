@@ -22,8 +22,11 @@ HEAD_POSITIONS = 64
 """At how many positions of each sequence the heads are compared."""
 STANDS_OUT = 3.0
 """A stage stands out that differs so many times as much as the median one..."""
+ROW_STANDS_OUT = 8.0
+"""A row of the head stands out that differs so many times as much as the median row: rounding gives
+rows up to 6 times."""
 MIN_DIFFERENCE = 0.05
-"""...and at least by this share of what it computes."""
+"""...and both at least by this share of what is computed."""
 
 
 def have_same_stages(dense: Architecture, other: Architecture) -> bool:
@@ -44,11 +47,14 @@ def compare_stages(models: Models, ids: Tensor, batch_size: int | None) -> tuple
     with models.without(()) as dense, models.without(OTHER) as other, torch.inference_mode():
         try:
             ids = ids[: min(windows, batch_size or windows)]
-            differences = _compare(dense, other, ids.to(dense.device), models)
+            differences, rows = _compare(dense, other, ids.to(dense.device), models)
         except UnsupportedModelError as error:
             models.notify(Notice(f"The blocks are not compared: {error.message}"))
             return ()
-    return judge(differences)
+    *stages, head = judge(differences)
+    if rows:
+        head = head.model_copy(update={"stands_out": True, "rows": rows})
+    return (*stages, head)
 
 
 def judge(differences: dict[str, float]) -> tuple[StageRecord, ...]:
@@ -61,9 +67,17 @@ def judge(differences: dict[str, float]) -> tuple[StageRecord, ...]:
     return tuple(records)
 
 
+def judge_rows(differences: Tensor) -> Tensor:
+    """Return the rows of the head that stand out, the most different first."""
+    least = max(MIN_DIFFERENCE, ROW_STANDS_OUT * float(differences.median()))
+    order = differences.argsort(descending=True)
+    return order[differences[order] > least]
+
+
 def _compare(
     dense: SkippableModel, other: SkippableModel, ids: Tensor, models: Models
-) -> dict[str, float]:
+) -> tuple[dict[str, float], tuple[int, ...]]:
+    """Return how far each stage differs, and the tokens whose rows of the head stand out."""
     shared = models.shared
     assert shared
     own_ids = shared.of_other(ids)
@@ -86,8 +100,8 @@ def _compare(
             differences[f"block {block}"] = _relative(theirs, leaving, leaving - hidden)
             hidden = leaving
             advance(1)
-    differences["head"] = _compare_heads(dense, other, hidden, ids, own_ids, shared)
-    return differences
+    differences["head"], rows = _compare_heads(dense, other, hidden, ids, own_ids, shared)
+    return differences, rows
 
 
 def _relative(theirs: Tensor, ours: Tensor, added: Tensor) -> float:
@@ -104,18 +118,22 @@ def _compare_heads(
     ids: Tensor,
     own_ids: Tensor,
     shared: SharedTokens,
-) -> float:
-    """Compare the logits that the heads give for the same states, token by token.
+) -> tuple[float, tuple[int, ...]]:
+    """Compare the logits that the heads give for the same states: all, and token by token.
 
-    A fault may be in one row of the head, so the token counts whose logits differ most.
+    A fault may be in a single row of the head, which does not show in the mean.
     """
     everything = (slice(None), slice(None))
     rows = (slice(None), slice(-HEAD_POSITIONS, None))
     head = shared.narrow(dense.head(hidden[rows], ids[rows]), dense=True)
     other_head = shared.narrow(other.head(hidden[rows], own_ids[rows]), dense=False)
     ours = head[everything].float().flatten(0, 1)
-    theirs = other_head[everything].to(ours.device).float().flatten(0, 1)
-    difference = (theirs - ours).norm(dim=0)
+    theirs = other_head[everything].float().flatten(0, 1)
     # The model's choice does not depend on what is added to all logits of a position.
-    norm = (ours - ours.mean(1, keepdim=True)).norm(dim=0).clamp(min=1e-6)
-    return float((difference / norm).max())
+    centered = ours - ours.mean(1, keepdim=True)
+    usual = centered.norm(dim=0).median().clamp(min=1e-6)
+    by_row = (theirs.to(ours.device) - ours).norm(dim=0) / usual
+    places = judge_rows(by_row.cpu())
+    if not shared.is_whole:
+        places = shared.dense[places]
+    return _relative(theirs, ours, centered), tuple(places.tolist())
