@@ -11,7 +11,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from conftest import evaluation, llama_config, opt_config, prose, save_model, write_task
+from conftest import (
+    evaluation,
+    gpt2_config,
+    llama_config,
+    opt_config,
+    prose,
+    save_model,
+    write_task,
+)
 from families import tiny_config
 from sleb_cli.engine.quality import models as quality_models
 from sleb_cli.engine.quality.stages import judge
@@ -107,6 +115,16 @@ def test_losses_and_divergence_are_those_of_plain_code(
     assert scores["divergence"]["mean"] == pytest.approx(float(divergence), rel=1e-4)
     assert data["compared"]["stages"] == []
     assert data["compared"]["shared_tokens"] == 320
+
+
+def test_windows_are_as_short_as_the_shorter_model_needs(sleb, parent, text_file, tmp_path):
+    short = save_model(tmp_path / "short", gpt2_config(n_positions=64))
+    text = ["--perplexity", text_file, "--max-windows", 2]
+    for pair in ([short, "--against", parent], [parent, "--against", short]):
+        (compared,) = sleb("eval", *pair, *text, "--json").data["texts"]
+        assert compared["sequence_length"] == 64
+        refused = sleb("eval", *pair, *text, "--sequence-length", 65, code=2)
+        assert "65 exceeds the 64 positions of" in refused.said
 
 
 ORDER = torch.randperm(320, generator=torch.Generator().manual_seed(0))

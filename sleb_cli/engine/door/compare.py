@@ -76,6 +76,16 @@ def shared_tokens(subject: Subject, request: EvalRequest, notify: Notify) -> Sha
     return shared
 
 
+def choose_shared_length(subject: Subject, request: EvalRequest) -> int:
+    """Return the sequence length: in a comparison, one that both models have positions for.
+
+    Raises:
+        UsageError: a model has fewer positions than are asked for.
+    """
+    models = filter(None, (subject.architecture, subject.compared))
+    return min(choose_length(request.sequence_length, model) for model in models)
+
+
 def compare_texts(
     texts: Sequence[EvaluationWindows], models: Models, request: EvalRequest
 ) -> tuple[tuple[EvaluationWindows, ...], tuple[tuple[ByteWindows, ByteWindows], ...]]:
@@ -115,11 +125,10 @@ def _read_alike(windows: EvaluationWindows, models: Models) -> EvaluationWindows
 def _cut_by_bytes(
     windows: EvaluationWindows, models: Models, request: EvalRequest
 ) -> tuple[ByteWindows, ByteWindows]:
-    lengths = [choose_length(request.sequence_length, model) for model in models.subject.pair]
     cut = partial(
         cut_by_bytes,
         text=windows.text,
-        length=min(lengths),
+        length=choose_shared_length(models.subject, request),
         bos=request.bos,
         most=request.max_windows,
     )

@@ -16,7 +16,13 @@ from sleb_cli.checks.clashes import given
 from sleb_cli.checks.subjects import NamedSubject
 from sleb_cli.checks.verbs import parse_batch_size
 from sleb_cli.engine.device import choose_device, dtype_name, parse_dtype
-from sleb_cli.engine.door.compare import compare_texts, describe_other, shared_tokens, with_other
+from sleb_cli.engine.door.compare import (
+    choose_shared_length,
+    compare_texts,
+    describe_other,
+    shared_tokens,
+    with_other,
+)
 from sleb_cli.engine.door.named_model import (
     needs_language_head,
     plan_surgeries,
@@ -41,7 +47,6 @@ from sleb_cli.engine.text.overlap import is_known
 from sleb_cli.engine.text.passages import passages
 from sleb_cli.engine.text.windows import (
     EvaluationWindows,
-    choose_length,
     cut_for_evaluation,
     follow_text,
     tokens_sha256,
@@ -100,12 +105,13 @@ def resolve_evaluation(
     tasks = load_requested(request, notify, slow=slow)
     tokenizer = models.tokenizer(())
     names = request.perplexity
+    length = choose_shared_length(subject, request)
     corpus = None
     if request.corpus is not None:
-        corpus = group.main_first(partial(_read_corpus, request, tokenizer, architecture))
+        corpus = group.main_first(partial(_read_corpus, request, tokenizer, architecture, length))
     elif not names and not request.tasks:
         names = (DEFAULT_TEXT,)
-    read = partial(_read_text, request, tokenizer, architecture, notify)
+    read = partial(_read_text, request, tokenizer, length, notify)
     texts = group.main_first(lambda: tuple(map(read, names)))
     for sentence in _notices(texts, subject):
         notify(Notice(sentence))
@@ -147,7 +153,9 @@ def _require_measurable(request: EvalRequest, architecture: Architecture) -> Non
         raise UsageError(f"{name} only reads, so it has no perplexity.", hint=hint)
 
 
-def _read_corpus(request: EvalRequest, tokenizer: Any, architecture: Architecture) -> CorpusTexts:
+def _read_corpus(
+    request: EvalRequest, tokenizer: Any, architecture: Architecture, length: int
+) -> CorpusTexts:
     name = str(request.corpus)
     path = local_path(name)
     if path.is_dir():
@@ -157,7 +165,6 @@ def _read_corpus(request: EvalRequest, tokenizer: Any, architecture: Architectur
     else:
         texts = passages(read_file(name))
         corpus = Corpus(texts, items=texts)
-    length = choose_length(request.sequence_length, architecture)
     return tokenize_corpus(name, corpus, architecture, tokenizer, length, request.prompt)
 
 
@@ -245,9 +252,8 @@ def load_requested(
 
 
 def _read_text(
-    request: EvalRequest, tokenizer: Any, architecture: Architecture, notify: Notify, name: str
+    request: EvalRequest, tokenizer: Any, length: int, notify: Notify, name: str
 ) -> EvaluationWindows:
-    length = choose_length(request.sequence_length, architecture)
     with task(notify, f"Reading {name}"):
         text = text_source(name).read_for_evaluation(length)
         if text.conversations:
