@@ -165,8 +165,9 @@ class _Run:
         for dense, others in self.evaluation.by_bytes:
             by_bytes.append(measure_bytes(dense, others, self.models, batch_size))
         stages: tuple[StageRecord, ...] = ()
-        if self.evaluation.texts and have_same_stages(*self.models.subject.pair):
-            stages = compare_stages(self.models, self.evaluation.texts[0].ids, batch_size)
+        texts = self.evaluation.texts
+        if texts and have_same_stages(*self.models.subject.pair, self.models.notify):
+            stages = compare_stages(self.models, texts[0].ids, batch_size)
         self.models.require_unchanged()
         return other.model_copy(update={"bytes": tuple(by_bytes), "stages": stages})
 

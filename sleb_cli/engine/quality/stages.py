@@ -11,9 +11,10 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.quality.vocabularies import SharedTokens
-from sleb_cli.events import Notice, task
+from sleb_cli.events import Notice, Notify, task
 from sleb_cli.order import OTHER
 from sleb_cli.results import StageRecord
+from sleb_cli.units import plural
 from sleb_plugins import UnsupportedModelError
 
 MAX_TOKENS = 2_048
@@ -29,11 +30,19 @@ MIN_DIFFERENCE = 0.05
 """...and both at least by this share of what is computed."""
 
 
-def have_same_stages(dense: Architecture, other: Architecture) -> bool:
-    """Whether two models have as many blocks, for hidden states of one width."""
-    width = dense.text_config.hidden_size
-    same_width = bool(width == other.text_config.hidden_size)
-    return same_width and dense.block_count == other.block_count
+def have_same_stages(dense: Architecture, other: Architecture, notify: Notify) -> bool:
+    """Whether two models have as many blocks, for hidden states of one width; if not, say so."""
+    stages = []
+    for model in (other, dense):
+        width = model.text_config.hidden_size
+        stages.append(f"{plural(model.block_count, 'block')} of width {width:,}")
+    if stages[0] == stages[1]:
+        return True
+    names = [other.source.name, dense.source.name]
+    notify(
+        Notice(f"The blocks are not compared: {names[0]} has {stages[0]}, {names[1]} {stages[1]}.")
+    )
+    return False
 
 
 def compare_stages(models: Models, ids: Tensor, batch_size: int | None) -> tuple[StageRecord, ...]:
