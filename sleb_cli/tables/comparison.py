@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
-from sleb_cli.names import public_source
+from sleb_cli.names import public_source, without_folders
 from sleb_cli.results import BytesResult, EvalResult, Interval, StageRecord, TaskResult, TextResult
 from sleb_cli.tables.quality import evaluation_tables, main_tasks, perplexity_change, text_names
 from sleb_cli.tables.table import Column, Table, between, tabulate
@@ -103,7 +103,10 @@ def conclusions(result: EvalResult) -> list[str]:
                 f"Its {record.stage} stands out: on the same hidden states, it differs by "
                 f"{_difference(record.difference)}."
             )
-    return [*sentences, f"It takes {size}."]
+    # Neither need be dense, such as where two methods are compared.
+    parent = without_folders(result.model.id)
+    models = f"In tables, {parent} is dense, and {compared.name} other."
+    return [*sentences, f"It takes {size}.", models]
 
 
 def _named(text: TextResult) -> str:
@@ -142,7 +145,7 @@ def _of_bytes(text: BytesResult) -> str:
 
 
 def _of_tasks(tasks: Sequence[TaskResult]) -> list[str]:
-    """Say what was lost of tasks: of each that shows a loss, or of all together."""
+    """Say how tasks differ: each that shows a difference, or all together."""
     counted = []
     for task in main_tasks(tasks):
         # Who got nothing right cannot lose anything.
@@ -159,9 +162,10 @@ def _of_tasks(tasks: Sequence[TaskResult]) -> list[str]:
         assert interval
         if interval.high < 0:
             lost = Interval(low=-interval.high, high=-interval.low)
-            sentences.append(f"It lost {_points(-scores.difference, lost)} of {task.task}.")
+            sentences.append(f"On {task.task}, it is {_points(-scores.difference, lost)} lower.")
         elif interval.low > 0:
-            sentences.append(f"It gained {_points(scores.difference, interval)} of {task.task}.")
+            gained = _points(scores.difference, interval)
+            sentences.append(f"On {task.task}, it is {gained} higher.")
         if -interval.low > worst:
             worst = -interval.low
             widest = task
@@ -169,7 +173,7 @@ def _of_tasks(tasks: Sequence[TaskResult]) -> list[str]:
         return sentences
     items = sum(len(task.doc_ids) for task in counted)
     most = f"{100 * worst:.1f} points, of {widest.task}"
-    return [f"It lost nothing that these {plural(items, 'item')} can show: at most {most}."]
+    return [f"No loss that {plural(items, 'item')} can show: at most {most}."]
 
 
 def _points(value: float, interval: Interval) -> str:

@@ -18,6 +18,7 @@ from sleb_cli.results import (
     main_metric,
 )
 from sleb_cli.tables.table import (
+    DENSE,
     PERPLEXITY,
     Column,
     Scored,
@@ -71,11 +72,14 @@ _MEASURES = {
 def evaluation_tables(result: EvalResult, names: Sequence[str]) -> list[Table]:
     """List the scores of each model on each text, of these names, and on each task."""
     other = ""
+    legend = PERPLEXITY
     if result.compared:
         other = "other"
+    else:
+        legend += f" {DENSE}"
     texts = by_model(result.texts, names, other)
     return [
-        perplexities(texts),
+        perplexities(texts, legend),
         tasks(by_model(result.tasks, task_names(result.tasks), other)),
         verdicts(result.tasks, other),
         corpora(result.corpora, other),
@@ -165,7 +169,7 @@ def _tell_apart(names: Sequence[str], remarks: Sequence[str]) -> list[str]:
     return told
 
 
-def perplexities(scored: Iterable[Scored]) -> Table:
+def perplexities(scored: Iterable[Scored], legend: str) -> Table:
     """List the perplexity of each text on each model."""
     columns: list[Column] = [
         ("text", str),
@@ -174,7 +178,7 @@ def perplexities(scored: Iterable[Scored]) -> Table:
         ("change", format_change),
         ("95%", partial(between, form=format_change)),
     ]
-    notes = [PERPLEXITY]
+    notes = [legend]
     rows = []
     for name, model, scores in scored:
         change = interval = None

@@ -7,7 +7,7 @@ from typing import Any
 from sleb_cli.names import public_source
 from sleb_cli.plan import ExpertPlan, Plan, RecoveryRecord, SampleGeneration
 from sleb_cli.records import OutputKind
-from sleb_cli.tables.table import PERPLEXITY, Column, Table, tabulate
+from sleb_cli.tables.table import DENSE, PERPLEXITY, Column, Table, tabulate
 from sleb_cli.units import format_bytes, format_change, format_count, format_perplexity, spans
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 from sleb_plugins.metrics.output import OutputDistance
@@ -72,7 +72,7 @@ def _steps(plan: Plan) -> Table:
             row += [None, None]
         row += [step.distance, step.held_out and step.held_out.distance]
         rows.append(row)
-    words = DISTANCES.get(str(plan.model.output), PERPLEXITY)
+    words = DISTANCES.get(str(plan.model.output), f"{PERPLEXITY} {DENSE}")
     return tabulate("The steps of the search", columns, rows, [words, _summarize(plan)])
 
 

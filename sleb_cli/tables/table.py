@@ -16,10 +16,9 @@ Scored = tuple[str, str, Any]
 Column = tuple[str, Callable[[Any], str]]
 """The name of a column, and the function that formats its values; that of words is `str`."""
 
-PERPLEXITY = (
-    "perplexity: how surprised a model is by the text; lower is better. dense: the original model."
-)
-"""The note of a table that may be the first to use both words."""
+PERPLEXITY = "perplexity: how surprised a model is by the text; lower is better."
+DENSE = "dense: the original model."
+"""The notes of a table that may be the first to use these words."""
 
 WORKLOADS = (
     "prompt 1x512: one prompt of 512 tokens; generation 4x64+32: four at once, 32 new tokens."

@@ -375,7 +375,9 @@ def test_each_model_is_asked_in_its_own_chat_template(sleb, parent, tmp_path):
 def test_a_checkpoint_against_its_parent_is_what_its_plan_says(sleb, parent, tmp_path, text_file):
     pruned = tmp_path / "pruned"
     sleb("apply", parent, "--blocks", "4,1", "-o", pruned)
-    (text,) = compare(sleb, pruned, parent, text_file)["texts"]
+    result = sleb("eval", pruned, "--against", parent, *evaluation(text_file), "--json")
+    assert "pruned has 4 blocks of width 32, parent 6 blocks of width 32" in result.said
+    (text,) = result.data["texts"]
     (planned,) = sleb("eval", parent, "--blocks", "4,1", *evaluation(text_file), "--json").data[
         "texts"
     ]
@@ -387,11 +389,19 @@ def test_a_result_is_shown_and_exported(sleb, parent, text_file, tmp_path):
     other = changed(parent, "faulty", FAULTS["block 3"])
     file = tmp_path / "result.json"
     shown = sleb("eval", other, "--against", parent, *evaluation(text_file), "-o", file)
-    for words in ("faulty against parent", "Its block 3 stands out", "perplexity changed by"):
+    legend = "In tables, parent is dense, and faulty other."
+    for words in (
+        "faulty against parent",
+        legend,
+        "Its block 3 stands out",
+        "perplexity changed by",
+    ):
         assert words in " ".join(shown.stdout.split())
     assert EvalResult.read(file, "the result").compared.name == "faulty"
     card = sleb("export", file, "--to", "table").stdout
     assert "block 3 stands out" in card
+    assert legend in card
+    assert "original model" not in card
     assert "sleb eval" in card
     assert str(tmp_path) not in card
     page = tmp_path / "result.report.html"
