@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -281,6 +282,43 @@ def test_vectors_are_ranked_by_the_similarity_of_their_model(sleb, tmp_path, nam
     for one, other in zip(before, after, strict=True):
         shares.append(len({*one} & {*other}) / 10)
     assert measured["neighbours, old index"]["pruned"][0]["items"] == shares
+
+
+CONFIG = "config.json"
+WHOLE = "config_sentence_transformers.json"
+LENGTH = "sentence_bert_config.json"
+SWAPPED = {"id2label": {"0": "LABEL_1", "1": "LABEL_0", "2": "LABEL_2"}}
+
+
+@pytest.mark.parametrize(
+    ("model", "file", "changed", "said"),
+    [
+        ("tiny_encoder", WHOLE, {"prompts": {"query": "ask: "}}, "'ask: '"),
+        (
+            "tiny_encoder",
+            WHOLE,
+            {"default_prompt_name": "query"},
+            "The default prompt is 'ques",
+        ),
+        ("tiny_encoder", WHOLE, {"similarity_fn_name": "dot"}, "similarity_fn_name is 'dot'"),
+        ("tiny_encoder", WHOLE, {"truncate_dim": 8}, "The width of a vector is 8 in"),
+        ("tiny_encoder", LENGTH, {"do_lower_case": True}, "do_lower_case is True"),
+        ("tiny_classifier", CONFIG, SWAPPED, "The name of class 0 is 'LABEL_1' in"),
+    ],
+)
+def test_models_that_read_or_answer_otherwise_are_not_compared(
+    run_sleb, request, tmp_path, model, file, changed, said
+):
+    dense = request.getfixturevalue(model)
+    other = shutil.copytree(dense, tmp_path / "other")
+    (tmp_path / "texts.txt").write_text(prose(240))
+    words = ["eval", other, "--against", dense, "--corpus", "texts.txt"]
+    assert run_sleb(*words).exit_code == 0
+    settings = json.loads((other / file).read_text())
+    (other / file).write_text(json.dumps(settings | changed))
+    result = run_sleb(*words, "--force")
+    assert result.exit_code == 2
+    assert said in result.said
 
 
 def test_measures_on_paper():

@@ -58,7 +58,7 @@ def shared_tokens(subject: Subject, request: EvalRequest, notify: Notify) -> Sha
     """Match the vocabularies of the two models; None if their tokenizers differ.
 
     Raises:
-        UsageError: they differ, and a corpus is to be read.
+        UsageError: a corpus is to be read, and they differ, or the models would read it otherwise.
         ModelError: one has no tokenizer.
     """
     dense, other = subject.pair
@@ -71,9 +71,45 @@ def shared_tokens(subject: Subject, request: EvalRequest, notify: Notify) -> Sha
             f"The tokenizers of {names} differ, so they cannot read the same texts.",
             hint="Measure each by itself, without --against.",
         )
+    if request.corpus is not None:
+        _require_same_reading(subject)
     if request.apply_chat_template and not same_chat_template(subject):
         notify(Notice(f"{names} have different chat templates: each is asked in its own."))
     return shared
+
+
+def _require_same_reading(subject: Subject) -> None:
+    """Raise a UsageError if two models read texts, or compare or name their outputs, otherwise."""
+    dense, other = subject.pair
+    wanted = _reading_of(dense)
+    found = _reading_of(other)
+    for what in wanted | found:
+        if found.get(what) != wanted.get(what):
+            raise UsageError(
+                f"The {what} is {found.get(what)!r} in {other.source.id}, but "
+                f"{wanted.get(what)!r} in {dense.source.id}.",
+                hint="Give both the same, or measure each by itself, without --against.",
+            )
+
+
+def _reading_of(architecture: Architecture) -> dict[str, Any]:
+    """Return what outputs for a corpus depend on, and what they mean, by its name."""
+    reading = architecture.reading
+    assert reading is not None
+    width = len(reading.pooling) * architecture.text_config.hidden_size
+    for module in reading.behind:
+        width = module.settings.get("out_features", width)
+    settings = {
+        "setting do_lower_case": reading.lower_case,
+        "setting prompts": {name: prompt for name, prompt in reading.prompts.items() if prompt},
+        "default prompt": reading.prompts.get(reading.prompt or "", ""),
+        "width of a vector": reading.truncate_dim or width,
+        "setting similarity_fn_name": reading.similarity,
+    }
+    if reading.output == "classes":
+        for number, name in architecture.config.id2label.items():
+            settings[f"name of class {number}"] = name
+    return settings
 
 
 def choose_shared_length(subject: Subject, request: EvalRequest) -> int:
