@@ -133,8 +133,7 @@ class _BarListener:
             case HealChecked(_, divergence, validation, measure):
                 note = f"{measure} {divergence:.3f}, on validation text {validation:.3f}"
                 self._progress.update(self._tasks[HEAL_TASK], note=note)
-            case SearchStarted(_, remove, done):
-                self._add(SEARCH_TASK, remove, "blocks")
+            case SearchStarted(_, _, done):
                 self._progress.update(self._tasks[SEARCH_TASK], completed=done)
             case BlockRemoved(step):
                 self._progress.update(self._tasks[SEARCH_TASK], completed=step)
@@ -214,7 +213,7 @@ class _LogListener:
         match event:
             case TaskStarted(task, total):
                 self._start(task, total)
-                if task == SCORING_TASK:
+                if task in (SEARCH_TASK, SCORING_TASK):  # which other lines tell of
                     return
                 text = f"{task} …"
             case TaskAdvanced(task, done):

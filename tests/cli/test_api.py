@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import sleb_cli as sleb
 from conftest import prose, weights_of
-from sleb_cli.events import TaskStarted
+from sleb_cli.events import TaskFinished, TaskStarted
 from sleb_cli.plan import Plan, read_plan
 from sleb_plugins import PlanError, UsageError
 
@@ -46,7 +46,10 @@ def test_a_search_is_the_command_s(request_for, llama_plan):
     plan = sleb.search(request_for(remove=2, output=Path("called.json")), events.append)
     assert without_environment(plan) == without_environment(read_plan(llama_plan))
     assert without_environment(plan) == without_environment(read_plan(Path("called.json")))
-    assert any(isinstance(event, TaskStarted) for event in events)
+    started = [event.task for event in events if isinstance(event, TaskStarted)]
+    finished = [event.task for event in events if isinstance(event, TaskFinished)]
+    assert "Search" in started
+    assert sorted(started) == sorted(finished)
     assert not Path("called.json.journal").exists()
 
 

@@ -8,6 +8,7 @@ import pytest
 from sleb_cli.events import (
     HEAL_TASK,
     SCORING_TASK,
+    SEARCH_TASK,
     HealChecked,
     Notice,
     SearchStarted,
@@ -38,6 +39,7 @@ def test_names_stay_as_they_are_and_leave_room_for_numbers(shown, width):
         TaskStarted("Writing [b]", 98_362_432, "B"),
         TaskAdvanced("Writing [b]", 40_000_000, "train:[c]"),
         Notice("org/d:train:[e]"),
+        TaskStarted(SEARCH_TASK, 7, "blocks"),
         SearchStarted(32, 7, 2),
         TaskStarted(SCORING_TASK, 62_000, "evaluations"),
         TaskAdvanced(SCORING_TASK, 2500, "best so far: block 7 (3.1235)"),

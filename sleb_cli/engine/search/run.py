@@ -43,6 +43,7 @@ from sleb_cli.events import (
     Notify,
     SearchStarted,
     TaskFinished,
+    TaskStarted,
     task,
 )
 from sleb_cli.plan import DenseRecord, Plan, SearchRecord, Step
@@ -191,6 +192,7 @@ def _remove_blocks(
         swapped=lambda swap: notify(BlocksSwapped(**dict(swap))),
     )
     kinds = method.removable.architecture.kinds
+    notify(TaskStarted(SEARCH_TASK, method.remove, "blocks"))
     notify(SearchStarted(len(kinds), method.remove, len(trace.steps)))
     choices: Iterable[Choice] = ALGORITHMS[method.strategy.name](problem)
     try:
