@@ -187,5 +187,7 @@ def _range(text: str) -> Iterable[int]:
         raise UsageError(f"The range {text} counts down.", hint=f"Write {last}-{first}.")
     # `len` cannot count numbers beyond an index.
     if numbers.stop - numbers.start > MAX_RANGE:
-        raise ValueError(text)
+        raise UsageError(
+            f"The range {text} has more than {MAX_RANGE:,} numbers.", hint="Write a shorter one."
+        )
     return numbers
