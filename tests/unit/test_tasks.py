@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -277,10 +278,18 @@ def loaded(tiny_llama):
     [("own_chosen", 14, ("acc", "3", True)), ("own_written", 7, ("length", "1.0", False))],
 )
 def test_a_run_tells_its_progress_and_compares_with_itself(
-    folder, loaded, name, requests, expected
+    folder, loaded, capsys, name, requests, expected
 ):
     events = []
-    result = task_of(folder, name, limit=7).run(*loaded, "dense", events.append, ProcessGroup())
+
+    def listen(event):
+        events.append(event)
+        print("heard")
+        print("heard", file=sys.stderr)
+
+    result = task_of(folder, name, limit=7).run(*loaded, "dense", listen, ProcessGroup())
+    heard = "heard\n" * len(events)
+    assert capsys.readouterr() == (heard, heard)
     (started,) = [event for event in events if isinstance(event, TaskStarted)]
     assert (started.task, started.total) == (f"{name}, dense", requests)
     assert sum(event.done for event in events if isinstance(event, TaskAdvanced)) == pytest.approx(

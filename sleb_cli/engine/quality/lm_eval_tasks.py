@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
@@ -26,7 +27,7 @@ from sleb_cli.engine.memory import in_smaller_pieces
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality import written_code
 from sleb_cli.engine.third_party import error_saying, translate_errors
-from sleb_cli.events import Notify, ignore
+from sleb_cli.events import Event, Notify, ignore
 from sleb_cli.requests import AUTO, RunCode
 from sleb_cli.texts.data_set import loading_data
 from sleb_cli.units import plural
@@ -198,6 +199,7 @@ class LoadedTask:
             lm = LmEvalModel(model, tokenizer, size, names, notify, group, predict)
             return self._evaluate(lm)
 
+        notify = _out_loud(notify)
         with _quietly_loading(self.name):
             return in_smaller_pieces(run, largest, device, notify, "continuing with {} requests")
 
@@ -337,6 +339,18 @@ def _hash(data: Iterable[Any]) -> str:
     # A function whose source cannot be read is written with its address, which differs from run to
     # run.
     return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode()).hexdigest()[:12]
+
+
+def _out_loud(notify: Notify) -> Notify:
+    """Return the listener with the streams of now, which `_quietly_loading` takes from it."""
+    stdout = sys.stdout
+    stderr = sys.stderr
+
+    def tell(event: Event) -> None:
+        with redirect_stdout(stdout), redirect_stderr(stderr):
+            notify(event)
+
+    return tell
 
 
 @contextmanager
