@@ -151,14 +151,15 @@ def test_results_may_lack_whatever_is_optional(report):
         assert words not in page.text
 
 
+def keep_nothing(data):
+    (task,) = data["tasks"]
+    task["use"] = "choosing"
+    for scores in task["pruned"]:
+        scores["difference"] = -task["dense"]["value"]
+
+
 def test_a_size_that_keeps_nothing_is_listed():
     plan = make_plan(8, 2)
-
-    def keep_nothing(data):
-        (task,) = data["tasks"]
-        task["use"] = "choosing"
-        for scores in task["pruned"]:
-            scores["difference"] = -task["dense"]["value"]
 
     evaluation = make_evaluation(plan, items=40, texts=(), tasks=("piqa",), every=1)
     evaluation = changed(evaluation, keep_nothing)

@@ -3,6 +3,7 @@
 import random
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -273,6 +274,12 @@ def loaded(tiny_llama):
     return model, AutoTokenizer.from_pretrained(tiny_llama)
 
 
+def print_and_keep(events, event):
+    print("heard")
+    print("heard", file=sys.stderr)
+    events.append(event)
+
+
 @pytest.mark.parametrize(
     ("name", "requests", "expected"),
     [("own_chosen", 14, ("acc", "3", True)), ("own_written", 7, ("length", "1.0", False))],
@@ -281,12 +288,7 @@ def test_a_run_tells_its_progress_and_compares_with_itself(
     folder, loaded, capsys, name, requests, expected
 ):
     events = []
-
-    def listen(event):
-        events.append(event)
-        print("heard")
-        print("heard", file=sys.stderr)
-
+    listen = partial(print_and_keep, events)
     result = task_of(folder, name, limit=7).run(*loaded, "dense", listen, ProcessGroup())
     heard = "heard\n" * len(events)
     assert capsys.readouterr() == (heard, heard)

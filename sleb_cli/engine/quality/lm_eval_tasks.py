@@ -15,7 +15,7 @@ from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TextIO
 from unittest import mock
 
 from torch import Tensor
@@ -199,7 +199,7 @@ class LoadedTask:
             lm = LmEvalModel(model, tokenizer, size, names, notify, group, predict)
             return self._evaluate(lm)
 
-        notify = _out_loud(notify)
+        notify = partial(_tell, notify, sys.stdout, sys.stderr)
         with _quietly_loading(self.name):
             return in_smaller_pieces(run, largest, device, notify, "continuing with {} requests")
 
@@ -341,16 +341,10 @@ def _hash(data: Iterable[Any]) -> str:
     return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode()).hexdigest()[:12]
 
 
-def _out_loud(notify: Notify) -> Notify:
-    """Return the listener with the streams of now, which `_quietly_loading` takes from it."""
-    stdout = sys.stdout
-    stderr = sys.stderr
-
-    def tell(event: Event) -> None:
-        with redirect_stdout(stdout), redirect_stderr(stderr):
-            notify(event)
-
-    return tell
+def _tell(notify: Notify, stdout: TextIO, stderr: TextIO, event: Event) -> None:
+    """Call the listener with its streams, which `_quietly_loading` takes from it."""
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        notify(event)
 
 
 @contextmanager
