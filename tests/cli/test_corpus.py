@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SimilarityFunction
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
@@ -326,4 +327,24 @@ def test_measures_on_paper():
     own = -math.inf
     one = torch.tensor([[1.0, 2.0, 3.0, own], [3.0, own, 2.0, 1.0]])
     other = torch.tensor([[1.0, 3.0, 2.0, own], [7.0, own, 5.0, 4.0]])
-    assert rank_correlation(one, other) == [0.5, 1.0]
+    assert rank_correlation(one, other) == pytest.approx([0.5, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("scores", "correlation"),
+    [([5, 5, 5, 5], 0), ([1, 1, 2, 3], 0.9487), ([4, 4, 1, 1], -0.8944)],
+)
+def test_equal_scores_have_equal_ranks(scores, correlation):
+    one = torch.tensor([[*scores, -math.inf]])
+    other = torch.tensor([[1, 2, 3, 4, -math.inf]])
+    assert rank_correlation(one, other) == pytest.approx([correlation], abs=1e-4)
+
+
+def test_a_reranker_without_an_order_finds_nothing(sleb, tiny_reranker, beir, tmp_path):
+    equal = shutil.copytree(tiny_reranker, tmp_path / "equal")
+    weights = load_file(equal / "model.safetensors")
+    weights["classifier.weight"].zero_()
+    save_file(weights, equal / "model.safetensors", {"format": "pt"})
+    found = measures(sleb("eval", equal, "--against", tiny_reranker, "--corpus", beir, "--json"))
+    assert found["rank correlation"]["pruned"][0]["value"] == 0
+    assert found["MRR@10"]["pruned"][0]["value"] < 0.4  # 0.5 if what is judged stood first

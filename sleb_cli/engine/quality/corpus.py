@@ -273,6 +273,7 @@ class ScoreComparison(CorpusComparison):
         for query, gains, own in zip(corpus.queries, corpus.gains, corpus.own, strict=True):
             others = drawn.sample(numbers, min(UNJUDGED, self.count))
             chosen = [number for number in dict.fromkeys([*gains, *others]) if number != own]
+            drawn.shuffle(chosen)  # equal scores are sorted by chance, not by being judged
             self._candidates.append(chosen)
             pairs += [(query, corpus.texts[number]) for number in chosen]
         self.items = pairs
@@ -355,9 +356,19 @@ def reciprocal_rank(ranking: Sequence[int], gains: Mapping[int, float]) -> float
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> list[float]:
-    """Return Spearman's correlation of each row, [rows, values]; -inf in both is no value."""
-    count = (one > -torch.inf).sum(1).double()
-    distances = one.argsort(1).argsort(1) - other.argsort(1).argsort(1)
-    squares = distances.double().square().sum(1)
-    correlations: list[float] = (1 - 6 * squares / (count * (count**2 - 1))).tolist()
+    """Return Spearman's correlation of each row, [rows, values]; -inf in both is no value.
+
+    It is 0 where all values of a row are equal, and so say nothing of an order.
+    """
+    correlations: list[float] = (_centered_ranks(one) * _centered_ranks(other)).sum(1).tolist()
     return correlations
+
+
+def _centered_ranks(values: Tensor) -> Tensor:
+    """Return ranks around 0, of length 1, [rows, values]; equal values share their mean rank."""
+    from scipy.stats import rankdata  # slow to import
+
+    is_value = values > -torch.inf
+    ranks = torch.from_numpy(rankdata(values.numpy(), axis=1)) * is_value
+    means = ranks.sum(1, keepdim=True) / is_value.sum(1, keepdim=True)
+    return functional.normalize((ranks - means) * is_value)
