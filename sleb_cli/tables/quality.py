@@ -63,8 +63,8 @@ _MEASURES = {
     "neighbours": "neighbours: the share of the dense model's ten nearest texts that stay.",
     "old index": "old index: texts keep the dense model's vectors, and only what is asked is read "
     "by the pruned model; own index: it reads all.",
-    "rank correlation": "rank correlation: Spearman's, of all similarities or scores of a query; 0 if "
-    "they are all equal.",
+    "rank correlation": "rank correlation: Spearman's, of all similarities or scores of a query; 0 "
+    "if they are all equal.",
     "same class": "same class: the share of texts that stay in the dense model's class.",
 }
 """What the words in the names of measures mean."""

@@ -1,5 +1,6 @@
 """Corpora to measure models on that only read: texts, pairs, labelled texts, and BEIR's folders."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ class Corpus:
         own: for each query, the text of the same id, if any, which does not answer it.
         items: the texts or pairs in their order, for models that classify them.
         labels: the class of each item, where it is known.
+        left_out: how many queries there are besides, none of whose texts is judged.
     """
 
     texts: Sequence[str]
@@ -30,6 +32,7 @@ class Corpus:
     own: Sequence[int | None] = ()
     items: Sequence[str | tuple[str, str]] = ()
     labels: Sequence[Label | None] = ()
+    left_out: int = 0
 
 
 def require_corpus(name: str) -> None:
@@ -71,7 +74,7 @@ def read_folder(name: str) -> Corpus:
     """Read a folder in BEIR's form; of several files of judgements, the one that is named test.
 
     Raises:
-        DataError: a file cannot be read.
+        DataError: a file cannot be read, or judges nothing.
     """
     folder = local_path(name)
     texts: list[str] = []
@@ -87,12 +90,18 @@ def read_folder(name: str) -> Corpus:
             if query in gains and text in numbers:
                 gains[query][numbers[text]] = gain
     judged = [query for query in queries if gains[query] or not files]
+    if files and not judged:
+        raise DataError(
+            f"No query of {name} has a judged text.",
+            hint=f"The ids in qrels/*.tsv must be those of queries.jsonl and {DOCUMENTS}.",
+        )
     return Corpus(
         texts,
         [queries[query] for query in judged],
         [gains[query] for query in judged],
         [numbers.get(query) for query in judged],
         texts,
+        left_out=len(queries) - len(judged),
     )
 
 
@@ -100,16 +109,30 @@ def _read_entries(file: Path) -> list[CorpusEntry]:
     return parse_lines(str(file), read_file(str(file)), CorpusEntry)
 
 
-def _read_judgements(file: Path) -> list[tuple[str, str, int]]:
+def _read_judgements(file: Path) -> list[tuple[str, str, float]]:
+    """Read the query, the text and the grade in each line of a file, as in BEIR or of trec_eval."""
     judgements = []
-    lines = read_file(str(file)).splitlines()
-    for number, line in enumerate(lines[1:], start=2):  # the first names the columns
-        try:
-            query, text, gain = line.split("\t")
-            judgements.append((query, text, int(gain)))
-        except ValueError as error:
+    for number, line in enumerate(read_file(str(file)).splitlines(), start=1):
+        fields = line.rstrip().split("\t")
+        if len(fields) == 1:
+            fields = line.split()
+        if len(fields) == 4:
+            del fields[1]  # trec_eval's iteration, which says nothing
+        if len(fields) == 3 and _is_number(fields[2]):
+            query, text, gain = fields
+            judgements.append((query, text, float(gain)))
+            continue
+        names_columns = number == 1 and len(fields) == 3
+        if fields and not names_columns:
             raise DataError(
-                f"Line {number} of {file} is not a query, a text and a whole number.",
+                f"Line {number} of {file} is not a query, a text and a number.",
                 hint="Separate them by tabs: query-id, corpus-id, score.",
-            ) from error
+            )
     return judgements
+
+
+def _is_number(word: str) -> bool:
+    try:
+        return math.isfinite(float(word))
+    except ValueError:
+        return False

@@ -33,7 +33,7 @@ class CorpusLine(TextLine):
 class CorpusEntry(BaseModel):
     """A document or a query of a folder in BEIR's form."""
 
-    id: str = Field(alias="_id")
+    id: str = Field(alias="_id", coerce_numbers_to_str=True)
     title: str | None = None
     text: str
 

@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from conftest import WORDS, prose
 from encoders import add_modules, save_reader, word_pieces
 from sleb_cli.engine.quality.corpus import ndcg, rank_correlation
+from sleb_cli.texts.corpus_files import read_folder
 
 TEXTS = prose(240).splitlines()
 QUERIES = [" ".join(WORDS[start : start + 3]) for start in range(0, 30, 3)]
@@ -208,6 +209,7 @@ def test_what_is_kept_is_measured_once(sleb, run_sleb, tiny_encoder, beir, text_
     sleb("eval plan.json --remove 1 --corpus", beir)
     more = run_sleb("eval plan.json --every 1 --corpus", beir)
     assert "Measured before" not in more.said
+    assert "2 of 10 queries of" in more.said
     again = run_sleb("eval plan.json --every 1 --corpus", beir)
     assert "Measured before: beir." in again.said
     assert again.stdout == more.stdout
@@ -265,6 +267,45 @@ def test_the_text_of_its_own_id_answers_no_query(sleb, request, beir, model, cou
     for name in ("MRR@10", "MRR@10, own index"):
         if name in measured:
             assert (measured[name]["dense"]["items"][0] > 0) == is_found
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["query-id\tcorpus-id\tscore", "q0\td1\t1", "q1\td2\t2"],
+        ["q0\td1\t1", "q1\td2\t2"],
+        ["q0 0 d1 1", "q1 0 d2 2"],
+        ["q0\t0\td1\t1", "", "q1\tQ0\td2\t2"],
+        ["query-id\tcorpus-id\tscore", "q0\td1\t1.0", "q1\td2\t2.0", ""],
+    ],
+)
+def test_judgements_are_read_in_the_forms_that_are_common(beir, lines):
+    (beir / "qrels" / "test.tsv").write_text("\n".join([*lines, ""]))
+    corpus = read_folder(str(beir))
+    assert corpus.gains == [{1: 1}, {2: 2}]
+    assert corpus.left_out == 8
+
+
+def test_ids_may_be_numbers(beir):
+    write_lines(beir / "corpus.jsonl", [{"_id": n, "text": text} for n, text in enumerate(TEXTS)])
+    (beir / "qrels" / "test.tsv").write_text("q3\t7\t1\n")
+    assert read_folder(str(beir)).gains == [{7: 1}]
+
+
+@pytest.mark.parametrize(
+    ("judgements", "said"),
+    [
+        ("q0\td1", "Line 1 of beir/qrels/test.tsv is not a query, a text and a number"),
+        ("q0\td1\t1\nq0\td2\tnan", "Line 2 of beir/qrels/test.tsv is not a query"),
+        ("query\ttext\tscore\nquery\ttext\tscore", "Line 2 of beir/qrels/test.tsv is not"),
+        ("q0\tnone\t1", "No query of beir has a judged text"),
+    ],
+)
+def test_judgements_that_judge_nothing_are_refused(run_sleb, tiny_encoder, beir, judgements, said):
+    (beir / "qrels" / "test.tsv").write_text(judgements)
+    result = run_sleb("eval", tiny_encoder, "--corpus", beir.name)
+    assert result.exit_code == 5
+    assert said in result.said
 
 
 @pytest.mark.parametrize("name", ["dot", "euclidean", "manhattan"])

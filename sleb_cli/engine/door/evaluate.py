@@ -108,7 +108,8 @@ def resolve_evaluation(
     length = choose_shared_length(subject, request)
     corpus = None
     if request.corpus is not None:
-        corpus = group.main_first(partial(_read_corpus, request, tokenizer, architecture, length))
+        read_corpus = partial(_read_corpus, request, tokenizer, architecture, length, notify)
+        corpus = group.main_first(read_corpus)
     elif not names and not request.tasks:
         names = (DEFAULT_TEXT,)
     read = partial(_read_text, request, tokenizer, length, notify)
@@ -154,7 +155,7 @@ def _require_measurable(request: EvalRequest, architecture: Architecture) -> Non
 
 
 def _read_corpus(
-    request: EvalRequest, tokenizer: Any, architecture: Architecture, length: int
+    request: EvalRequest, tokenizer: Any, architecture: Architecture, length: int, notify: Notify
 ) -> CorpusTexts:
     name = str(request.corpus)
     path = local_path(name)
@@ -165,6 +166,9 @@ def _read_corpus(
     else:
         texts = passages(read_file(name))
         corpus = Corpus(texts, items=texts)
+    if corpus.left_out:
+        count = f"{corpus.left_out:,} of {corpus.left_out + len(corpus.queries):,} queries"
+        notify(Notice(f"{count} of {name} have no judged text and are left out."))
     return tokenize_corpus(name, corpus, architecture, tokenizer, length, request.prompt)
 
 
