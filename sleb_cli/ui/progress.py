@@ -46,7 +46,9 @@ from sleb_cli.units import format_seconds
 
 _STARTING = "Starting"
 FIRST_ESTIMATE_SECONDS = 20.0
-"""When a log first says how long a task will take."""
+"""When a log first says how far a task is."""
+FIRST_ESTIMATE_SHARE = 0.05
+"""How much of a task is done before the time left is told: the first units take longer."""
 
 
 @contextmanager
@@ -74,7 +76,7 @@ def _progress(console: Console) -> _Bars:
         BarColumn(_bar_width(console.width), table_column=Column(no_wrap=True)),
         _Done(table_column=Column(no_wrap=True)),
         TimeElapsedColumn(table_column=Column(no_wrap=True)),
-        TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+        _Left(compact=True, table_column=Column(no_wrap=True)),
         console=console,
     )
 
@@ -105,6 +107,13 @@ class _Done(DownloadColumn):
         if unit == "B":
             return super().render(task)
         return MofNCompleteColumn().render(task)
+
+
+class _Left(TimeRemainingColumn):
+    def render(self, task: Task) -> Text:
+        if task.total and task.completed < FIRST_ESTIMATE_SHARE * task.total:
+            return Text("--:--", style="progress.remaining")
+        return super().render(task)
 
 
 class _BarListener:
@@ -192,15 +201,18 @@ class _Pace:
     next_estimate: float = FIRST_ESTIMATE_SECONDS
 
     def advance(self, done: float) -> str | None:
-        """Add finished units; return an estimate of the time left if one is due."""
+        """Add finished units; if it is due, say how much is done and how long the rest takes."""
         self.done += done
         seconds = time.monotonic() - self.started
         if seconds < self.next_estimate or not 0 < self.done < self.total:
             return None
         # Ever farther apart, so that the log of a day's work stays short.
         self.next_estimate = 2 * seconds
-        left = format_seconds(seconds * (self.total / self.done - 1))
-        return f"{self.done / self.total:.0%}, about {left} left"
+        share = self.done / self.total
+        if share < FIRST_ESTIMATE_SHARE:
+            return f"{share:.1%}"
+        left = format_seconds(seconds * (1 / share - 1))
+        return f"{share:.0%}, about {left} left"
 
 
 class _LogListener:

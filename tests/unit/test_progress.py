@@ -89,6 +89,27 @@ def test_a_log_reports_the_time_left_less_and_less_often(monkeypatch, shown):
     ]
 
 
+def test_the_time_left_is_told_once_a_few_percent_are_done(monkeypatch, shown):
+    listen = progress._LogListener(shown)
+    bars = progress._progress(shown)
+    left = bars.columns[-1]
+    show = progress._BarListener(bars)
+    for second, done in ((0, 0), (10, 1), (25, 1), (50, 3)):
+        monkeypatch.setattr(progress.time, "monotonic", lambda second=second: second)
+        monkeypatch.setattr(bars, "get_time", lambda second=second: second)
+        for hear in (listen, show):
+            if not second:
+                hear(TaskStarted("Timing", 100, "runs"))
+            hear(TaskAdvanced("Timing", done))
+        (task,) = bars.tasks
+        assert left.render(task).plain == ("--:--" if task.completed < 5 else "13:12")
+    assert shown.file.getvalue().splitlines() == [
+        "Timing …",
+        "Timing: 2.0%",
+        "Timing: 5%, about 16 min left",
+    ]
+
+
 def test_a_log_reports_the_time_left_in_the_first_step_of_a_search(monkeypatch, shown):
     listen = progress._LogListener(shown)
     for step in (0.0, 40.0):
