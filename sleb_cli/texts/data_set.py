@@ -268,8 +268,8 @@ def load(column: Column) -> Any:
 
 def _loading(column: Column) -> AbstractContextManager[None]:
     hint = (
-        "Check the name and the network, or name a local file. Without a network, a search also "
-        "takes --calibration self: the model writes its text; and an evaluation, --tasks canaries."
+        "Check the name and the network, or name a local file. `sleb eval --tasks canaries` and "
+        "`sleb search --calibration self` need no network."
     )
     # An unknown config or split, and a data set that comes as a script.
     return loading_data(f"data set {column}", hint, ValueError, RuntimeError)
