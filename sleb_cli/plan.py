@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -698,13 +699,14 @@ class Plan(VersionedRecord):
         return plan.model_copy(update={"request": request})
 
 
-def read_plan(path: Path) -> Plan:
+def read_plan(path: str | os.PathLike[str]) -> Plan:
     """Read a plan and check that it is complete and consistent.
 
     Raises:
         PlanError: the file is missing, cannot be read, is not a plan, or was written by another
             version of sleb.
     """
+    path = Path(path)
     try:
         plan = Plan.read(path, "the plan")
     except FileNotFoundError as error:

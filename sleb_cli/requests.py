@@ -8,7 +8,7 @@ torch, so that `sleb --help` is instant.
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -246,7 +246,7 @@ def _typed(name: str, value: Any, annotation: Any) -> Any:
     value = _without_paths(value)
     wanted = []
     for kind in kinds_of(annotation):
-        if get_origin(kind) is tuple:
+        if get_origin(kind) is Sequence:
             words, type_ = _TYPES[get_args(kind)[0]]
             wanted.append(f"a list of {words.removeprefix('a ')}s")
             if isinstance(value, tuple) and all(_has_type(item, type_) for item in value):
@@ -437,10 +437,10 @@ class SearchRequest(Request):
     protect_last: int | None = option(
         "Protect so many at the end.", _SCORING, default=DEFAULT_PROTECTED
     )
-    protect: tuple[int, ...] | None = option(
+    protect: Sequence[int] | None = option(
         "Also protect these blocks: 5,11.", _SCORING, metavar="LIST"
     )
-    protect_kind: tuple[str, ...] = _repeated(
+    protect_kind: Sequence[str] = _repeated(
         "Protect all blocks of this kind: full_attention. May be repeated.",
         _SCORING,
         metavar="KIND",
@@ -502,7 +502,7 @@ class SubjectRequest(Request):
             f"A plan (default: ./{DEFAULT_PLAN}), or a model with --blocks.", "PLAN|MODEL"
         ),
     )
-    blocks: tuple[int, ...] | None = option(
+    blocks: Sequence[int] | None = option(
         "Remove these blocks from MODEL, in this order: 5,4,9 or 12-15.", _SUBJECT, metavar="LIST"
     )
     model: str | None = option("The plan's model, if it has moved.", _SUBJECT)
@@ -525,7 +525,7 @@ class OneSizeRequest(SubjectRequest):
 class SizesRequest(SubjectRequest):
     """Sizes of the pruned model to compare with the dense one, by default the smallest."""
 
-    remove: tuple[int, ...] = _list(
+    remove: Sequence[int] = _list(
         "Measure the model without the first 2, 4 and 6 blocks or experts: 2,4,6.",
     )
     every: int | None = _count("Measure every N-th size, and the smallest.", _SUBJECT, metavar="N")
@@ -541,7 +541,7 @@ class ApplyRequest(OneSizeRequest):
         _CHECKPOINT,
         metavar="GGUF",
     )
-    scripts: tuple[str, ...] = _list(
+    scripts: Sequence[str] = _list(
         "Keep only the tokens of these scripts, as Unicode names them: latin,greek. ASCII, symbols "
         "and bytes stay.",
         _CHECKPOINT,
@@ -621,13 +621,13 @@ class EvalRequest(SizesRequest):
         metavar="MODEL",
     )
     experts_per_token: int | None = _experts_per_token()
-    perplexity: tuple[str, ...] = _list(
+    perplexity: Sequence[str] = _list(
         "Measure perplexity on these texts: wikitext2, c4, files, "
         "org/name[:config][:split][:column]. In conversations "
         "(`messages`), only the answers count.",
         default=f"{DEFAULT_TEXT}, unless --tasks or --corpus",
     )
-    tasks: tuple[str, ...] = _list(
+    tasks: Sequence[str] = _list(
         "Run these lm-eval tasks and groups, or sleb, canaries, leaderboard-v1, leaderboard-v2: "
         "piqa,canaries.",
     )
@@ -698,7 +698,7 @@ class BenchRequest(SizesRequest):
     new_tokens: int | None = _count(
         "Tokens to generate per prompt.", _WORKLOAD, default="128, or 32 on a CPU"
     )
-    sweep: tuple[str, ...] = _repeated(
+    sweep: Sequence[str] = _repeated(
         'Time each combination: "batch=1,8,32 prompt=128,2048 new=64". May be repeated.',
         _WORKLOAD,
         metavar="TEXT",
@@ -732,7 +732,7 @@ class BenchRequest(SizesRequest):
 class ExportRequest(OneSizeRequest):
     """A format that another tool or a reader takes."""
 
-    more: tuple[str, ...] = field(
+    more: Sequence[str] = field(
         default=(),
         kw_only=False,
         metadata=_argument("More plans, for --to table.", "PLAN", repeated=True),

@@ -1,5 +1,6 @@
 """The subject of `apply`, `eval`, `bench` and `export`: a plan, or a model and its blocks."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import fspath
@@ -211,7 +212,7 @@ def _require_whole_groups(plan: Plan, count: int) -> None:
 
 
 def first_removals(
-    removals: tuple[int, ...], count: int | None, where: str, unit: Unit = "blocks"
+    removals: Sequence[int], count: int | None, where: str, unit: Unit = "blocks"
 ) -> tuple[int, ...]:
     """Return the first `count` removals of `where`; all of them by default.
 
@@ -219,13 +220,13 @@ def first_removals(
         UsageError: `where` has fewer.
     """
     if count is None:
-        return removals
+        return tuple(removals)
     if not 1 <= count <= len(removals):
         raise UsageError(
             f"Cannot remove {count} {unit}: {where} names {len(removals)}.",
             hint=f"Use --remove 1 to {len(removals)}.",
         )
-    return removals[:count]
+    return tuple(removals[:count])
 
 
 def _max_removals(request: OneSizeRequest | SizesRequest) -> int | None:

@@ -8,7 +8,7 @@ signature that Typer reads, and makes a request of what was typed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -92,7 +92,7 @@ class _Option:
         kinds = kinds_of(annotation)
         # What may be text or a number is text on the command line.
         kind = str if str in kinds else kinds[0]
-        self.is_list = get_origin(kind) is tuple
+        self.is_list = get_origin(kind) is Sequence
         self.kind = get_args(kind)[0] if self.is_list else kind
         self.choices: tuple[str, ...] = get_args(kind) if get_origin(kind) is Literal else ()
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
+import mypy.api
 import pytest
 from safetensors.torch import save_file
 
@@ -63,6 +64,23 @@ def test_a_request_takes_lists_for_tuples_and_paths_for_texts():
     assert given == sleb.EvalRequest(
         "plan.json", tasks=("piqa",), remove=(2, 4), output=Path("found.json")
     )
+
+
+@pytest.mark.slow  # mypy reads all modules behind the names
+def test_a_type_checker_knows_the_names_of_the_module(monkeypatch, tmp_path):
+    monkeypatch.setenv("MYPYPATH", str(DOCS.parent))
+    lines = [
+        "import sleb_cli as sleb",
+        "def lost(plan: sleb.Plan) -> sleb.EvalResult:",
+        '    return sleb.evaluate(sleb.EvalRequest(plan, tasks=["piqa"], remove=[2, 4]))',
+        'lost(sleb.read_plan("plan.json"))',
+        'sleb.serch("demo")',
+    ]
+    (tmp_path / "user.py").write_text("\n".join(lines))
+    said, _, _ = mypy.api.run(["--strict", "user.py"])
+    assert [line for line in said.splitlines() if line.startswith("user.py")] == [
+        'user.py:5: error: Module has no attribute "serch"; maybe "search"?  [attr-defined]'
+    ]
 
 
 def test_a_plan_is_a_path_while_its_file_is_unchanged(request_for, llama_plan):

@@ -72,7 +72,7 @@ def require_possible(checked: CheckedSearch, source: ModelSource, registry: Regi
     require_blocks(request, source, count)
     gone = checked.extended.removals if checked.extended else ()
     protection = Protection(
-        request.protect_first or 0, request.protect_last or 0, request.protect or ()
+        request.protect_first or 0, request.protect_last or 0, tuple(request.protect or ())
     )
     free = protection.candidates(count, gone)
     most = min(len(gone) + len(free), count - 1)
