@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from sleb_cli.events import Notify, ignore
+from sleb_cli.events import Notice, Notify, ignore
 from sleb_cli.plugin_manager import Registry, load_registry
 from sleb_cli.processes import WorkerFinished, is_main_process, process_count
 from sleb_cli.requests import (
@@ -133,6 +133,7 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
             unfinished = sibling(request.output, ".unfinished")
         result = evaluate_models(evaluation, folder or unfinished)
     _save(result, request.output)
+    _tell_kept(folder, notify)
     if unfinished is not None:
         delete_results(unfinished)
     return result
@@ -184,6 +185,7 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
                 "attention": timed.attention,
             }
             keep_result(result.model_copy(update={"workloads": (timed,)}), item_key, folder, notify)
+    _tell_kept(folder, notify)
     return result
 
 
@@ -244,6 +246,11 @@ def _results_folder(subject: Subject) -> Path | None:
         return None
     is_ours = (source.folder / CHECKPOINT_PLAN).is_file()
     return source.folder / CHECKPOINT_RESULTS if is_ours else None
+
+
+def _tell_kept(folder: Path | None, notify: Notify) -> None:
+    if folder is not None and folder.is_dir():  # not if its place is read-only
+        notify(Notice(f"Kept in {folder}, for `sleb export`."))
 
 
 @dataclass(frozen=True)

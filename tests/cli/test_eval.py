@@ -109,6 +109,15 @@ def test_perplexity_is_that_of_the_literature(sleb, request, model, sizes, count
     assert "wrote r[x].json" in shown
 
 
+def test_a_plans_results_are_kept_beside_it_and_it_says_so(sleb, llama_plan, test_text):
+    measure = ["--perplexity", test_text.name, *SHORT]
+    alone = sleb("eval", llama_plan, *measure)
+    kept = f"Kept in {results_folder(llama_plan)}, for `sleb export`."
+    assert kept in " ".join(alone.stderr.split())
+    timed = sleb("bench", llama_plan, "--prompt --prompt-length 8 --iterations 2 --warmup 0")
+    assert kept in " ".join(timed.stderr.split())
+
+
 ITEMS = [
     {"q": f"The {word} is", "choices": [f" {first}.", f" {second}."], "gold": n % 2}
     for n, (word, first, second) in enumerate(zip(WORDS, WORDS[9:], WORDS[20:], strict=False))
