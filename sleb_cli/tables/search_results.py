@@ -27,6 +27,8 @@ DISTANCES = {
 }
 """What a distance is, by what the model puts out."""
 
+_MEAN = "Each sequence counts the same here, and each token in `sleb eval`."
+
 _PERPLEXITY: list[Column] = [("perplexity", format_perplexity), ("change", format_change)]
 
 
@@ -72,7 +74,7 @@ def _steps(plan: Plan) -> Table:
             row += [None, None]
         row += [step.distance, step.held_out and step.held_out.distance]
         rows.append(row)
-    words = DISTANCES.get(str(plan.model.output), f"{PERPLEXITY} {DENSE}")
+    words = DISTANCES.get(str(plan.model.output), f"{PERPLEXITY} {DENSE} {_MEAN}")
     return tabulate("The steps of the search", columns, rows, [words, _summarize(plan)])
 
 

@@ -82,6 +82,11 @@ def test_conversations_are_scored_on_their_answers(search, sleb, tmp_path):
     assert "the answers of conversations" in search("--remove", 1, "--force", **of_chat).stdout
 
 
+def test_the_screen_says_how_sequences_count(search):
+    shown = " ".join(search("--remove 1").stdout.split())
+    assert "Each sequence counts the same here, and each token in `sleb eval`." in shown
+
+
 def test_a_race_is_recorded_and_shown(search, found, tmp_path):
     settings = ["--samples", 32, "--remove", 2]
     exact = found(*settings)
