@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from sleb_cli.exporters.findings import Findings
 from sleb_cli.exporters.lines import Line, kept_line, speed_line, text_line
 from sleb_cli.results import CorpusResult, TaskResult
-from sleb_cli.tables.quality import KEPT, LOST, by_use, retention, verdict
+from sleb_cli.tables.quality import KEPT, LOST, by_measure, by_use, retention, verdict
 from sleb_cli.tables.search_results import collapse_warnings
 from sleb_cli.tables.speed import workload_name
 from sleb_cli.tables.table import WORKLOADS, Column, Table, between, model_name, tabulate
@@ -52,10 +52,7 @@ def _removal(findings: Findings) -> str:
 
 def uses(findings: Findings) -> dict[str, Sequence[TaskResult | CorpusResult]]:
     """Group what was measured by kind of use; each measure of a corpus is one."""
-    by_name: dict[str, Sequence[TaskResult | CorpusResult]] = {**by_use(findings.tasks)}
-    for corpus in findings.corpora:
-        by_name[corpus.measure] = [corpus]
-    return by_name
+    return {**by_use(findings.tasks), **by_measure(findings.corpora)}
 
 
 def verdicts(findings: Findings) -> list[str]:

@@ -1,7 +1,7 @@
 """What a removal costs, on texts and on tasks."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -60,7 +60,9 @@ _CANARY_USES = {"sleb_instructions": "instructions", "sleb_loops": "ending long 
 
 
 _MEASURES = {
-    "neighbours": "neighbours: the share of the dense model's ten nearest texts that stay.",
+    "neighbours": "neighbours: the share of the dense model's ten nearest texts that stay. It is "
+    "smaller, the more texts there are.",
+    "in 20": "in 20: the share of these ten that are among the pruned model's twenty nearest.",
     "old index": "old index: texts keep the dense model's vectors, and only what is asked is read "
     "by the pruned model; own index: it reads all.",
     "rank correlation": "rank correlation: Spearman's, of all similarities or scores of a query; 0 "
@@ -82,8 +84,9 @@ def evaluation_tables(result: EvalResult, names: Sequence[str]) -> list[Table]:
     return [
         perplexities(texts, legend),
         tasks(by_model(result.tasks, task_names(result.tasks), other)),
-        verdicts(result.tasks, other),
+        verdicts(by_use(result.tasks), other),
         corpora(result.corpora, other),
+        corpus_verdicts(result.corpora, other),
         divergences(texts),
         text_settings(result.texts, names),
     ]
@@ -266,18 +269,28 @@ def tasks(scored: Iterable[Scored]) -> Table:
 
 def corpora(results: Sequence[CorpusResult], other: str = "") -> Table:
     """List each measure of each corpus on each model."""
-    names = []
-    notes = []
-    for result in results:
-        alone = result.sha256 == results[0].sha256 == results[-1].sha256
-        names.append(result.measure if alone else f"{result.measure}, {result.corpus}")
-        notes.append(_describe(result))
+    names = _measure_names(results)
+    notes = [_describe(result) for result in results]
     for word, note in _MEASURES.items():
         if any(word in name for name in names):
             notes.append(note)
     table = tasks(by_model(results, names, other))
     columns = ["measure", *table.columns[1:]]
     return replace(table, title="Corpora", columns=columns, notes=list(dict.fromkeys(notes)))
+
+
+def by_measure(results: Sequence[CorpusResult]) -> dict[str, list[CorpusResult]]:
+    """Return what was measured of corpora, each by its name."""
+    names = _measure_names(results)
+    return {name: [result] for name, result in zip(names, results, strict=True)}
+
+
+def _measure_names(results: Sequence[CorpusResult]) -> list[str]:
+    names = []
+    for result in results:
+        alone = result.sha256 == results[0].sha256 == results[-1].sha256
+        names.append(result.measure if alone else f"{result.measure}, {result.corpus}")
+    return names
 
 
 def _describe(corpus: CorpusResult) -> str:
@@ -348,7 +361,7 @@ def retention(tasks: Sequence[TaskResult | CorpusResult], removals: SizeKey) -> 
     )
 
 
-def verdicts(tasks: Iterable[TaskResult], other: str = "") -> Table:
+def verdicts(uses: Mapping[str, Sequence[TaskResult | CorpusResult]], other: str = "") -> Table:
     """Judge each size by its retention for each kind of use."""
     columns: list[Column] = [
         ("use", str),
@@ -358,7 +371,7 @@ def verdicts(tasks: Iterable[TaskResult], other: str = "") -> Table:
         ("verdict", str),
     ]
     rows = []
-    for use, of_use in by_use(tasks).items():
+    for use, of_use in uses.items():
         for removals in dict.fromkeys(size.removals for task in of_use for size in task.pruned):
             share = retention(of_use, removals)
             if share:
@@ -368,6 +381,14 @@ def verdicts(tasks: Iterable[TaskResult], other: str = "") -> Table:
         "much of it."
     ]
     return tabulate("Verdict by kind of use", columns, rows, notes)
+
+
+def corpus_verdicts(results: Sequence[CorpusResult], other: str = "") -> Table:
+    """Judge each size by its retention of each measure of a corpus."""
+    table = verdicts(by_measure(results), other)
+    columns = ["measure", *table.columns[1:]]
+    notes = ["kept: the score as a share of the dense model's."]
+    return replace(table, title="Verdict by measure", columns=columns, notes=notes)
 
 
 def verdict(share: float, interval: Interval | None) -> str:

@@ -20,6 +20,7 @@ from sleb_cli.engine.quality.corpus import ndcg, rank_correlation
 from sleb_cli.texts.corpus_files import read_folder
 
 TEXTS = prose(240).splitlines()
+NEIGHBOURS = ("neighbours", "neighbours in 20")
 QUERIES = [" ".join(WORDS[start : start + 3]) for start in range(0, 30, 3)]
 
 
@@ -64,8 +65,8 @@ def reading(folder, items, removed=(), kind=AutoModel, length=48):
     return torch.stack(rows)
 
 
-def top_ten(scores):
-    return scores.topk(10).indices.tolist()
+def top_ten(scores, count=10):
+    return scores.topk(count).indices.tolist()
 
 
 def measures(result):
@@ -97,6 +98,9 @@ def test_an_index_of_each_size_ranks_as_plain_code_does(sleb, tiny_encoder, beir
         pruned_queries, pruned_texts = read[size]
         for index, documents in (("old index", dense_texts), ("own index", pruned_texts)):
             values = {"neighbours": [], "nDCG@10": [], "MRR@10": []}
+            twenty = top_ten(pruned_queries @ documents.T, 20)
+            pairs = zip(twenty, wanted, strict=True)
+            values["neighbours in 20"] = [len({*one} & {*two}) / 10 for one, two in pairs]
             for query, ranking in enumerate(top_ten(pruned_queries @ documents.T)):
                 gained = [{4 * query + 1: 1, 4 * query + 2: 2}.get(text, 0) for text in ranking]
                 discounted = sum(gain / math.log2(at + 2) for at, gain in enumerate(gained))
@@ -118,7 +122,8 @@ def test_texts_ask_each_other_and_never_find_themselves(sleb, run_sleb, tiny_enc
     file.write_text(prose(240))
     words = ["eval", tiny_encoder, "--corpus", file, "--sequence-length", 24]
     alone = measures(sleb(*words, "--json"))
-    assert set(alone) == {"neighbours, old index", "neighbours, own index", "rank correlation"}
+    names = {f"{name}, {index} index" for name in NEIGHBOURS for index in ("old", "own")}
+    assert set(alone) == {*names, "rank correlation"}
     assert all(corpus["dense"]["value"] == 1 for corpus in alone.values())
     assert alone["rank correlation"]["texts"] == 40
     shown = run_sleb(*words, "--blocks", 2, "--prompt", "query")
@@ -210,6 +215,8 @@ def test_what_is_kept_is_measured_once(sleb, run_sleb, tiny_encoder, beir, text_
     more = run_sleb("eval plan.json --every 1 --corpus", beir)
     assert "Measured before" not in more.said
     assert "2 of 10 queries of" in more.said
+    rows = more.stdout.partition("Verdict by measure")[2]
+    assert re.search(r"neighbours, old index +│ without 1 .+% lost +│", rows)
     again = run_sleb("eval plan.json --every 1 --corpus", beir)
     assert "Measured before: beir." in again.said
     assert again.stdout == more.stdout

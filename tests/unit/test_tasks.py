@@ -27,7 +27,7 @@ from sleb_cli.engine.statistics import (
 )
 from sleb_cli.events import TaskAdvanced, TaskStarted, ignore
 from sleb_cli.requests import EvalRequest
-from sleb_cli.tables.quality import tasks, verdicts
+from sleb_cli.tables.quality import by_use, tasks, verdicts
 from sleb_cli.tables.table import by_model
 from sleb_plugins import DataError, UsageError
 
@@ -404,16 +404,18 @@ def measured(name, use, lost, gained, metric="acc", items=200):
 
 def test_a_verdict_is_of_a_kind_of_use():
     found = verdicts(
-        [
-            measured("piqa", "choosing", 2, 3, items=2000),
-            measured("arc_easy", "choosing", 1, 0, items=2000),
-            measured("arc_easy", "choosing", 900, 0, metric="perplexity", items=2000),
-            measured("humaneval", "programs", 40, 4),
-            measured("gsm8k", "writing", 5, 4),
-            measured("sleb_instructions", "writing", 0, 0, items=4),
-            measured("sleb_loops", "writing", 100, 0, metric="ended"),
-            measured("sleb_sums", "writing", 100, 0),
-        ]
+        by_use(
+            [
+                measured("piqa", "choosing", 2, 3, items=2000),
+                measured("arc_easy", "choosing", 1, 0, items=2000),
+                measured("arc_easy", "choosing", 900, 0, metric="perplexity", items=2000),
+                measured("humaneval", "programs", 40, 4),
+                measured("gsm8k", "writing", 5, 4),
+                measured("sleb_instructions", "writing", 0, 0, items=4),
+                measured("sleb_loops", "writing", 100, 0, metric="ended"),
+                measured("sleb_sums", "writing", 100, 0),
+            ]
+        )
     )
     assert found.columns == ["use", "model", "kept", "95%", "verdict"]
     assert [f"{row[0]}: {row[2]}, {row[4]}" for row in found.rows] == [
@@ -429,7 +431,7 @@ def test_a_verdict_is_of_a_kind_of_use():
 def test_a_model_that_is_measured_alone_has_no_name_and_no_verdict():
     task = measured("piqa", "choosing", 1, 0)
     alone = task.model_copy(update={"pruned": ()})
-    assert verdicts([alone]).rows == []
+    assert verdicts(by_use([alone])).rows == []
     assert [row[1] for row in by_model([task], ["piqa"])] == ["dense", "without 2"]
     (row,) = by_model([alone], ["piqa"])
     assert (row[1], tasks([row]).columns[:2]) == ("", ["task", "score"])

@@ -39,6 +39,8 @@ TEXT_PROMPTS = ("document", "passage", "corpus")
 """What sentence-transformers begins queries and texts with, where a model has such a prompt."""
 
 NEAREST = 10
+TWENTY = 20
+"""Among so many, those that are nearest to the dense model should be found."""
 UNJUDGED = 20
 """How many texts, by chance, a reranker ranks besides those that are judged."""
 QUERIES_AT_ONCE = 256
@@ -249,10 +251,13 @@ class VectorComparison(CorpusComparison):
                         similarities[row, text] = -torch.inf
             nearest = wanted.topk(NEAREST).indices
             for index, similarities in indices.items():
-                ranked = similarities.topk(NEAREST).indices
-                same = ranked.unsqueeze(1) == nearest.unsqueeze(2)
-                measures[f"neighbours, {index}"] += (same.sum((1, 2)).double() / NEAREST).tolist()
-                for query, ranking in enumerate(ranked.tolist(), start=start):
+                ranked = similarities.topk(min(TWENTY, self.count)).indices
+                stays = (ranked.unsqueeze(1) == nearest.unsqueeze(2)).any(1).double()
+                in_ten = stays[:, :NEAREST].sum(1) / NEAREST
+                in_twenty = stays.sum(1) / NEAREST
+                measures[f"neighbours, {index}"] += in_ten.tolist()
+                measures[f"neighbours in 20, {index}"] += in_twenty.tolist()
+                for query, ranking in enumerate(ranked[:, :NEAREST].tolist(), start=start):
                     self._judge(measures, f", {index}", ranking, query)
             measures["rank correlation"] += rank_correlation(indices["own index"], wanted)
         return measures
