@@ -199,6 +199,10 @@ def model_cases():
     yield "shards outside", SHARDS, outside_shards, MODEL, ""
     yield "a config that is a pipe", CUT, {"model/config.json": PIPE}, MODEL, "config.json"
     yield "a config that is a list", SEARCH, {"model/config.json": b"[1]"}, MODEL, ""
+    for key in ("num_hidden_layers", "num_local_experts"):
+        huge = changed("model/config.json", **{key: 2**31})
+        for words in (APPLY, SEARCH, EVAL):
+            yield f"{words[0]}: a huge {key}", words, huge, MODEL, "cannot hold"
     yield "half a tokenizer", SEARCH, {"model/tokenizer.json": b'{"a": '}, MODEL, ""
     for template in TEMPLATES:
         files = {"model/chat_template.jinja": template.encode()}

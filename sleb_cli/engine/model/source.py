@@ -24,6 +24,7 @@ from sleb_cli.events import Notice, Notify, ignore
 from sleb_cli.names import local_path, require_path
 from sleb_cli.plan import CHECKPOINT_PLAN, Plan
 from sleb_cli.requests import DEMO, require_text
+from sleb_cli.units import plural
 from sleb_plugins import ModelError, UsageError
 
 MODULES = "modules.json"
@@ -39,6 +40,9 @@ TRANSFORMER_SETTINGS = (
     "sentence_xlnet_config.json",
 )
 """Where sentence-transformers looks for how texts are read; the first that is not empty counts."""
+
+_COUNTS = re.compile(r"((moe_)?num_|n_|encoder_|decoder_)(\w+_)?(layers?|experts)")
+"""Settings that count blocks or experts."""
 
 _CHAT_TEMPLATES = "additional_chat_templates"
 
@@ -199,13 +203,30 @@ def locate_model(
         )
     if trust_remote_code:
         source.require_own_code()
-    # Read both now, to report missing files before any long work.
-    _ = source.raw_config, source.weights
+    # This reads both, to report missing files before any long work.
+    _require_possible_counts(source, source.raw_config)
     if pickles := [path for path in source.weights.paths if path.suffix != ".safetensors"]:
         others = f" and {len(pickles) - 1} more" if len(pickles) > 1 else ""
         stored = f"{name} is stored as pickles ({pickles[0].relative_to(folder)}{others})"
         notify(Notice(f"{stored}; sleb reads only tensors from them, and runs no code in them."))
     return source
+
+
+def _require_possible_counts(source: ModelSource, settings: dict[str, Any]) -> None:
+    """Refuse a config with more blocks or experts than its weights can hold: all would be built."""
+    stored = source.weights.stored
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            _require_possible_counts(source, value)
+        most = len(stored)
+        if key.endswith("experts"):  # which may lie in one tensor
+            most = max([most, *(size for tensor in stored for size in tensor.shape)])
+        if _COUNTS.fullmatch(key) and isinstance(value, int) and value > most:
+            raise ModelError(
+                f"The config of {source.id} says {key} {value:,}, which its weight files cannot "
+                f"hold: they have {plural(len(stored), 'tensor')}.",
+                hint="Copy or download the model again.",
+            )
 
 
 def locate_checkpoint(file: Path, plan: Plan) -> ModelSource | None:
