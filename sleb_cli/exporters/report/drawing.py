@@ -94,11 +94,14 @@ def draw_by_size(axis: Axes, lines: Sequence[Line]) -> None:
     """Draw lines over the number of removals, with a star for the dense model."""
     sizes = [0]
     dense = []
+    # A line without values, as in a figure of several panels, takes no place.
+    shift = -_OFFSET * (sum(bool(line.values) for line in lines) - 1) / 2
     for number, line in enumerate(lines):
-        shift = _OFFSET * (number - len(lines) // 2)
         xs = [size + shift if size else 0.0 for size in line.values]
         draw_series(axis, number, xs, list(line.values.values()), label=line.name)
         sizes += line.values
+        if line.values:
+            shift += _OFFSET
         if 0 in line.values:
             dense.append(line.values[0][0])
     draw_dense(axis, [0.0] * len(dense), dense)
