@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from measured_plans import make_benchmark, make_evaluation, make_plan, write_measured
+from sleb_cli.exporters.lines import Line
+from sleb_cli.exporters.report.drawing import draw_by_size
 from sleb_cli.exporters.table.figure import draw_figure
 from sleb_cli.exporters.table.rows import PlanTable, _seen_in
 
@@ -138,6 +140,15 @@ def test_blocks_and_experts_share_no_axis(sleb, measured, tmp_path):
     assert "By experts of each block removed.<" in drawn
 
 
+def test_the_points_of_a_panels_only_line_stand_at_their_sizes():
+    figure = pytest.importorskip("matplotlib.figure")
+    for others in (0, 1, 4):
+        axis = figure.Figure().subplots()
+        empty = [Line("other", {}) for _ in range(others)]
+        draw_by_size(axis, [*empty, Line("nll", {0: (0.7, None), 2: (0.6, None)})])
+        assert list(axis.containers[-1].lines[0].get_xdata()) == [0, 2]
+
+
 def test_papers_have_latex_and_pdf_also_of_plans_without_an_evaluation(sleb, tmp_path):
     pytest.importorskip("matplotlib")
     plan = make_plan(12, 6, text="my_50%.txt", raced=False)
@@ -147,12 +158,13 @@ def test_papers_have_latex_and_pdf_also_of_plans_without_an_evaluation(sleb, tmp
     write_measured(tmp_path / "b", plan, evaluation=evaluation)
     sleb("export plan.json b/plan.json --to table -o table.tex")
     latex = (tmp_path / "table.tex").read_text()
-    assert r"\shortstack[r]{perplexity, \\ searched on} &" in latex
-    assert r"{perplexity, \\ my\_50\%.txt \\ \scriptsize (searched on)}" in latex
+    assert r"\begin{tabular}[b]{@{}r@{}}perplexity, \\ searched on\end{tabular} &" in latex
+    assert r"}perplexity, \\ my\_50\%.txt \\ \scriptsize (searched on)\end{tabular}" in latex
     # Beside a plan without an evaluation, the search's own perplexity stands for both.
     assert latex.count(f"& {plan.steps[0].perplexity:.2f} &") == 2
     value = evaluation.texts[0].pruned[0].perplexity
-    assert rf"\shortstack[r]{{{value:.2f} \\ \scriptsize (" in latex
+    # The value, not its interval, stands level with the method.
+    assert rf"\begin{{tabular}}[t]{{@{{}}r@{{}}}}{value:.2f} \\ \scriptsize (" in latex
     assert "batch" not in latex
     sleb("export plan.json --to table -o figure.pdf")
     assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")

@@ -124,20 +124,22 @@ def _to_latex(table: PlanTable) -> str:
     lines = [_LATEX_USE, f"% {_INTERVALS}"]
     for name, value in table.shared.items():
         lines.append(f"% {name}: {' '.join(value.split())}")
-    header = _latex_row(shown.columns, kinds)
+    header = _latex_row(shown.columns, kinds, "b")
     lines += [rf"\begin{{tabular}}{{{kinds}}}", r"\toprule", header, r"\midrule"]
     for cells, row in zip(shown.rows, table.rows, strict=True):
         plan = " ".join(row.get("plan", "").split())
-        lines.append(f"{_latex_row(cells, kinds)} % {plan}".removesuffix(" % "))
+        lines.append(f"{_latex_row(cells, kinds, 't')} % {plan}".removesuffix(" % "))
     lines += [r"\bottomrule", r"\end{tabular}"]
     return "\n".join(lines) + "\n"
 
 
-def _latex_row(cells: Sequence[str], kinds: str) -> str:
-    return " & ".join(map(_latex_cell, cells, kinds)) + r" \\"
+def _latex_row(cells: Sequence[str], kinds: str, place: str) -> str:
+    """Write a row whose cells stand level at their top or bottom line: "t" or "b"."""
+    written = [_latex_cell(cell, kind, place) for cell, kind in zip(cells, kinds, strict=True)]
+    return " & ".join(written) + r" \\"
 
 
-def _latex_cell(cell: str, kind: str) -> str:
+def _latex_cell(cell: str, kind: str, place: str) -> str:
     """Escape a cell, and stack a long name's words, or a value and its interval in small type."""
     escaped = re.sub(r"[\\~^]", r"\\char`\\\g<0> ", cell)
     escaped = re.sub(r"[&%$#_{}]", r"\\\g<0>", escaped)
@@ -148,7 +150,7 @@ def _latex_cell(cell: str, kind: str) -> str:
     if len(lines) < 2:
         return escaped
     stacked = r" \\ ".join(lines)
-    return rf"\shortstack[{kind}]{{{stacked}}}"
+    return rf"\begin{{tabular}}[{place}]{{@{{}}{kind}@{{}}}}{stacked}\end{{tabular}}"
 
 
 def _format_estimate(form: Callable[[float], str], estimate: Estimate) -> str:
