@@ -279,6 +279,7 @@ def _prepared(
     """
     from sleb_cli.checks.clashes import require_coherent
     from sleb_cli.engine.process_group import ProcessGroup, join_processes
+    from sleb_cli.engine.third_party import without_hub_kernels
 
     def prepare(group: ProcessGroup) -> _Prepared[Checked, Files]:
         require_coherent(request)  # needs no plugins, which take time to load
@@ -294,9 +295,10 @@ def _prepared(
     if alone and not is_main_process():
         raise WorkerFinished
     if alone or process_count() == 1:
-        yield prepare(ProcessGroup())
+        with without_hub_kernels():
+            yield prepare(ProcessGroup())
         return
-    with join_processes() as group:
+    with without_hub_kernels(), join_processes() as group:
         yield group.main_first(lambda: prepare(group))
         if not group.is_main:
             raise WorkerFinished

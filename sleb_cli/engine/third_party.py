@@ -1,6 +1,7 @@
 """Translate exceptions of libraries into errors about the user's files."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ from safetensors import SafetensorError
 from sleb_plugins import MachineError, ModelError, OutputError, SlebError
 from sleb_plugins.errors import first_line, is_out_of_memory
 
+_KERNELS = "USE_HUB_KERNELS"
+"""The environment variable by which transformers may load kernels."""
+
 
 def quiet_libraries() -> None:
     """Turn off the progress bars and warnings of the libraries imported so far."""
@@ -21,6 +25,20 @@ def quiet_libraries() -> None:
         transformers.utils.logging.disable_progress_bar()
     for library in ("accelerate", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
+
+
+@contextmanager
+def without_hub_kernels() -> Iterator[None]:
+    """Have transformers run no compiled code from the Hub, as it does by default since 5.25."""
+    before = os.environ.get(_KERNELS)
+    os.environ[_KERNELS] = "NO"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_KERNELS]
+        else:
+            os.environ[_KERNELS] = before
 
 
 @contextmanager

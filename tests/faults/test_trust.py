@@ -3,6 +3,7 @@ at the time.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from transformers import PreTrainedModel
 
 from conftest import calibration, evaluation, llama_config, save_model
 from faults.arrangements import with_a_bug, with_a_hub
@@ -64,6 +66,25 @@ def run(program, tmp_path):
 
 def edit_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_no_kernel_of_the_hub_is_swapped_in(sleb, text_file, tmp_path, monkeypatch, trusted):
+    folder = (
+        own_code(tmp_path / "model") if trusted else save_model(tmp_path / "model", llama_config(4))
+    )
+    loaded = []
+    swap = PreTrainedModel.set_use_kernels
+
+    def note(model, use_kernels, *rest):
+        loaded.append((use_kernels, os.environ["USE_HUB_KERNELS"]))
+        swap(model, use_kernels, *rest)
+
+    monkeypatch.setattr(PreTrainedModel, "set_use_kernels", note)
+    monkeypatch.setenv("USE_HUB_KERNELS", "YES")
+    sleb("eval", folder, "--blocks 1", *evaluation(text_file), *[TRUST] * trusted)
+    assert {*loaded} == {(False, "NO")}
+    assert os.environ["USE_HUB_KERNELS"] == "YES"
 
 
 def test_the_code_of_a_plan_is_required_by_every_command(run, text_file, tmp_path):

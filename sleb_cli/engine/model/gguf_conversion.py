@@ -100,6 +100,7 @@ def _load(file: GgufFile, dtype: torch.dtype) -> Any:
             redirect_stderr(StringIO()),
         ):
             options |= {"config": config, "dtype": dtype, "output_loading_info": True}
+            options["use_kernels"] = False
             model, info = AutoModelForCausalLM.from_pretrained(file.path.parent, **options)
     if missing := sorted(info["missing_keys"]):  # it makes them up, such as the experts of gpt-oss
         raise _unreadable(f"transformers does not find {missing[0]} in {file.path}.")

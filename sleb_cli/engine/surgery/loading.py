@@ -107,6 +107,7 @@ def load_pretrained(
                 device_map=device_map,
                 offload_folder=offload_folder,
                 output_loading_info=True,
+                use_kernels=False,
                 **options,
             )
         weakref.finalize(model, stack.pop_all().close)

@@ -199,7 +199,7 @@ def _cache_fault(config: Any) -> str | None:
         with translate_errors(
             lambda words: ModelError(f"the KV cache would not work: {words}", hint="")
         ):
-            DynamicCache(config=config.get_text_config(decoder=True)).get_seq_length()
+            DynamicCache(config=config.get_text_config(decoder=True)).get_mask_sizes(1, 0)
     except ModelError as error:
         return error.message
     return None
