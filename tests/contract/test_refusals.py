@@ -238,6 +238,7 @@ SECOND = [
     ("bench MODEL --experts-per-token 1", 2, "is dense: its tokens choose no experts"),
     (f"apply MODEL --blocks 1 --recover --calibration TEXT {SHORT}", 5, "cannot be divided"),
     ("apply MODEL --blocks 1 --recover --calibration TEXT --samples 9999", 5, "text for"),
+    ("apply MODEL --blocks 1 --recover --prompt query", 2, "--prompt is for embedding models"),
     ("apply MODEL --blocks 1 --recover --device cuda:77", 7, "no usable cuda:77"),
     ("apply MODEL --blocks 1,1", 2, "named twice"),
     ("apply MODEL --blocks -1", 2, "no block -1"),

@@ -202,7 +202,7 @@ def _resolve_text(request: ApplyRequest, subject: Subject, *, stream: bool) -> C
     length = request.sequence_length or choose_length(None, architecture, RECOVERY_LENGTH)
     source = request.calibration or _default_source(subject, stream=stream)
     text = resolve_calibration(
-        architecture, source, request.samples, length, request.seed, request.chat
+        architecture, source, request.samples, length, request.seed, request.chat, request.prompt
     )
     text = replace(text, length_given=request.sequence_length is not None)
     if stream:
