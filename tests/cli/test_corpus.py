@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from conftest import WORDS, prose
-from encoders import add_modules, save_reader, word_pieces
+from encoders import add_modules, bert_config, save_reader, word_pieces
 from sleb_cli.engine.quality.corpus import ndcg, rank_correlation
 from sleb_cli.texts.corpus_files import read_folder
 
@@ -350,7 +350,6 @@ SWAPPED = {"id2label": {"0": "LABEL_1", "1": "LABEL_0", "2": "LABEL_2"}}
             "The default prompt is 'ques",
         ),
         ("tiny_encoder", WHOLE, {"similarity_fn_name": "dot"}, "similarity_fn_name is 'dot'"),
-        ("tiny_encoder", WHOLE, {"truncate_dim": 8}, "The width of a vector is 8 in"),
         ("tiny_encoder", LENGTH, {"do_lower_case": True}, "do_lower_case is True"),
         ("tiny_classifier", CONFIG, SWAPPED, "The name of class 0 is 'LABEL_1' in"),
     ],
@@ -368,6 +367,33 @@ def test_models_that_read_or_answer_otherwise_are_not_compared(
     result = run_sleb(*words, "--force")
     assert result.exit_code == 2
     assert said in result.said
+
+
+def test_vectors_of_another_width_are_measured_in_their_own_index(sleb, tmp_path):
+    pieces = word_pieces(prose(200))
+    wide = save_reader(tmp_path / "wide", pieces)
+    narrow = save_reader(tmp_path / "narrow", pieces, bert_config(2, hidden_size=16))
+    (tmp_path / "texts.txt").write_text(prose(240))
+    words = ["eval", narrow, "--against", wide, "--corpus", "texts.txt", "--json"]
+    result = sleb(*words, "--sequence-length", 24)
+    assert "narrow puts out vectors of 16 numbers instead of 32, so" in result.said
+    measured = measures(result)
+    assert "neighbours, old index" not in measured
+    one, other = (normalize(reading(folder, TEXTS, length=24)) for folder in (wide, narrow))
+    before = top_ten((one @ one.T).fill_diagonal_(-2))
+    after = top_ten((other @ other.T).fill_diagonal_(-2))
+    shares = [len({*old} & {*new}) / 10 for old, new in zip(before, after, strict=True)]
+    assert measured["neighbours, own index"]["pruned"][0]["items"] == shares
+
+
+def test_classes_of_another_number_are_refused(sleb, tiny_classifier, tmp_path):
+    config = bert_config(num_labels=4)
+    kind = AutoModelForSequenceClassification
+    four = save_reader(tmp_path / "four", word_pieces(prose(200)), config, kind)
+    (tmp_path / "texts.txt").write_text(prose(240))
+    words = ["eval", four, "--against", tiny_classifier, "--corpus", "texts.txt"]
+    said = sleb(*words, code=2).said
+    assert f"{four} puts out 4 classes, but {tiny_classifier} puts out 3 classes" in said
 
 
 def test_measures_on_paper():

@@ -34,7 +34,7 @@ def with_other(
     """
     other = read_architecture(source, registry, notify)
     dense = subject.architecture
-    if _kind(other) != _kind(dense):
+    if _does(other) != _does(dense):
         raise UsageError(
             f"{other.source.id} {_does(other)}, but {dense.source.id} {_does(dense)}.",
             hint="Compare two language models, or two that put out the same.",
@@ -42,16 +42,13 @@ def with_other(
     return replace(subject, other=other)
 
 
-def _kind(architecture: Architecture) -> tuple[Any, ...]:
-    output = architecture.record.output
-    return (output, output and architecture.text_config.hidden_size)
-
-
 def _does(architecture: Architecture) -> str:
     output = architecture.record.output
     if output is None:
         return "is a language model"
-    return f"puts out {output}, from hidden states of {architecture.text_config.hidden_size}"
+    if output == "classes":
+        return f"puts out {architecture.config.num_labels} classes"
+    return f"puts out {output}"
 
 
 def shared_tokens(subject: Subject, request: EvalRequest, notify: Notify) -> SharedTokens | None:
@@ -96,14 +93,10 @@ def _reading_of(architecture: Architecture) -> dict[str, Any]:
     """Return what outputs for a corpus depend on, and what they mean, by its name."""
     reading = architecture.reading
     assert reading is not None
-    width = len(reading.pooling) * architecture.text_config.hidden_size
-    for module in reading.behind:
-        width = module.settings.get("out_features", width)
     settings = {
         "setting do_lower_case": reading.lower_case,
         "setting prompts": {name: prompt for name, prompt in reading.prompts.items() if prompt},
         "default prompt": reading.prompts.get(reading.prompt or "", ""),
-        "width of a vector": reading.truncate_dim or width,
         "setting similarity_fn_name": reading.similarity,
     }
     if reading.output == "classes":

@@ -25,6 +25,7 @@ from sleb_cli.engine.quality.token_scores import Scores
 from sleb_cli.engine.statistics import paired_difference
 from sleb_cli.engine.text.passages import Item, TextShape, pad_texts, shape_of
 from sleb_cli.engine.text.windows import tokens_sha256
+from sleb_cli.events import Notice
 from sleb_cli.keys import name_of
 from sleb_cli.names import local_path
 from sleb_cli.order import SizeKey
@@ -172,11 +173,17 @@ def measure_corpus(
         )
         scored = scorer.score_all(f"Reading {corpus.description['corpus']}", "texts")
     outputs = [scores["output"][order.argsort()] for scores in scored]
-    if not torch.cat(outputs).isfinite().all():
+    if not all(of_size.isfinite().all() for of_size in outputs):
         raise ModelError("A model puts out NaN or infinity.", hint="Try --dtype float32.")
+    before = outputs[0].shape[1]
+    after = outputs[-1].shape[1]
+    if before != after:
+        text = f"puts out vectors of {after:,} numbers instead of {before:,}"
+        name = models.short_name(sizes[-1])
+        models.notify(Notice(f"{name} {text}, so it cannot use the old index."))
     measures = [corpus.comparison.measures(of_size, outputs[0]) for of_size in outputs]
     results = []
-    for name in measures[0]:
+    for name in measures[-1]:  # without the old index if widths differ
         dense, *pruned = [_scores(of_size[name]) for of_size in measures]
         compared = []
         for size, scores in zip(sizes, pruned, strict=True):
@@ -241,10 +248,10 @@ class VectorComparison(CorpusComparison):
         for start in range(0, len(own), QUERIES_AT_ONCE):
             rows = slice(first + start, first + start + QUERIES_AT_ONCE)
             wanted = self._similarity(dense[rows], texts)
-            indices = {
-                "old index": self._similarity(outputs[rows], texts),
-                "own index": self._similarity(outputs[rows], outputs[: self.count]),
-            }
+            indices = {}
+            if outputs.shape == dense.shape:
+                indices["old index"] = self._similarity(outputs[rows], texts)
+            indices["own index"] = self._similarity(outputs[rows], outputs[: self.count])
             for row, text in enumerate(own[start : start + QUERIES_AT_ONCE]):
                 if text is not None:
                     for similarities in (wanted, *indices.values()):
