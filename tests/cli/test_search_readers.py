@@ -328,6 +328,14 @@ def test_a_dense_module_that_does_not_fit_is_refused(run_sleb, texts, tmp_path, 
     require_refusal(run_sleb, folder, texts, said)
 
 
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_a_classifier_with_several_answers_is_refused(run_sleb, texts, tmp_path, problem):
+    config = bert_config(num_labels=3, problem_type=problem)
+    kind = AutoModelForSequenceClassification
+    folder = save_reader(tmp_path / "model", word_pieces(prose(200)), config, kind)
+    require_refusal(run_sleb, folder, texts, f"several answers ({problem})")
+
+
 def test_a_head_for_masked_tokens_is_refused(run_sleb, texts, tmp_path):
     folder = save_reader(tmp_path / "model", word_pieces(prose(200)), bert_config())
     edit(folder / "config.json", "BertModel", "BertForMaskedLM")

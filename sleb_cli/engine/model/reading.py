@@ -131,7 +131,7 @@ def find_reading(source: ModelSource, config: Any, notify: Notify) -> Reading | 
     """Find out how a model reads; None if it has a head for language, or one of another kind.
 
     Raises:
-        UnsupportedModelError: it has a module that sleb does not know.
+        UnsupportedModelError: it has a module or a kind of head that sleb does not know.
     """
     if source.modules:
         return _read_modules(source)
@@ -141,6 +141,12 @@ def find_reading(source: ModelSource, config: Any, notify: Notify) -> Reading | 
             return None
         if config.num_labels == 1:
             return Reading("scores")
+        if config.problem_type in ("multi_label_classification", "regression"):
+            raise UnsupportedModelError(
+                f"{source.id} gives each text several answers ({config.problem_type}), but sleb "
+                "compares the one class that a text belongs to.",
+                hint="Prune the model that it was fine-tuned from, and fine-tune that.",
+            )
         return Reading("classes")
     bare = MODEL_MAPPING.get(type(config), None)
     if bare is None or heads != [getattr(bare, "__name__", None)]:
