@@ -13,6 +13,7 @@ if sys.dont_write_bytecode:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["USE_HUB_KERNELS"] = "NO"  # in models that tests load themselves
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="sleb-tests-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Tiny models gain nothing from threads, and each core runs one test at a time.

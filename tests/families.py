@@ -92,6 +92,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lfm2": {"full_attn_idxs": [2, 4]},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"] * 2, "num_dense_layers": 2},
     "llama4_text": {"interleave_moe_layer_step": 2, "intermediate_size_mlp": 64, "num_local_experts": 2, "attention_chunk_size": 8},
+    "kolibri1_1": {"head_dim": 16, "index_num_heads": 1},
     "longcat_flash": {"num_layers": BLOCKS, "num_hidden_layers": None, "ffn_hidden_size": 64, "expert_ffn_hidden_size": 32, "zero_expert_num": 0, "moe_topk": 2},
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8},
     "mimo_v2_flash": {"layer_types": MIXED, "num_key_value_heads": 2},
@@ -159,6 +160,8 @@ blocks.
 """
 
 FAMILIES = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - NOT_ONLY_TEXT)
+NEWER = {"ergo", "kolibri1_1", "minicpm5_moe", "param2moe"}
+"""Families that the document lists, too: they came with transformers 5.25."""
 
 
 def tiny_config(model_type: str, **changes: Any) -> Any:

@@ -40,6 +40,7 @@ REFUSED = {
     "hrm_text": "its blocks form two stacks that run in turn, several times each",
     "inkling2_loop_text": _EARLIER_GROUPS,
     "inkling2_text": _EARLIER_GROUPS,
+    "kolibri1_1": "its blocks read the keys and values of others, by number (kv_source_layers)",
     "lilt": "its blocks take and give two streams of hidden states: of a text, and of its layout",
     "moshi": _CACHE_DIFFERS,
     "paligemma": "it attends to its prompt in both directions, so a text has no loss token by "
