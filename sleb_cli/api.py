@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -279,7 +279,7 @@ def _prepared(
     """
     from sleb_cli.checks.clashes import require_coherent
     from sleb_cli.engine.process_group import ProcessGroup, join_processes
-    from sleb_cli.engine.third_party import without_hub_kernels
+    from sleb_cli.engine.third_party import disable_hub_kernels
 
     def prepare(group: ProcessGroup) -> _Prepared[Checked, Files]:
         require_coherent(request)  # needs no plugins, which take time to load
@@ -294,11 +294,12 @@ def _prepared(
 
     if alone and not is_main_process():
         raise WorkerFinished
-    if alone or process_count() == 1:
-        with without_hub_kernels():
+    with ExitStack() as stack:
+        stack.callback(disable_hub_kernels())
+        if alone or process_count() == 1:
             yield prepare(ProcessGroup())
-        return
-    with without_hub_kernels(), join_processes() as group:
+            return
+        group = stack.enter_context(join_processes())
         yield group.main_first(lambda: prepare(group))
         if not group.is_main:
             raise WorkerFinished

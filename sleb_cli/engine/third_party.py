@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,18 +28,21 @@ def quiet_libraries() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
-@contextmanager
-def without_hub_kernels() -> Iterator[None]:
-    """Have transformers run no compiled code from the Hub, as it does by default since 5.25."""
+def disable_hub_kernels() -> Callable[[], None]:
+    """Have transformers run no compiled code from the Hub, as it does by default since 5.25.
+
+    Returns:
+        what sets the environment variable as it was.
+    """
     before = os.environ.get(_KERNELS)
     os.environ[_KERNELS] = "NO"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_KERNELS]
-        else:
-            os.environ[_KERNELS] = before
+    return partial(_restore_kernels, before)
+
+
+def _restore_kernels(before: str | None) -> None:
+    del os.environ[_KERNELS]
+    if before is not None:
+        os.environ[_KERNELS] = before
 
 
 @contextmanager

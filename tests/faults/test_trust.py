@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from functools import partialmethod
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -68,19 +69,17 @@ def edit_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def note_kernels(_, loaded, use_kernels, *more):
+    loaded.append((use_kernels, os.environ["USE_HUB_KERNELS"]))
+
+
 @pytest.mark.parametrize("trusted", [False, True])
 def test_no_kernel_of_the_hub_is_swapped_in(sleb, text_file, tmp_path, monkeypatch, trusted):
     folder = (
         own_code(tmp_path / "model") if trusted else save_model(tmp_path / "model", llama_config(4))
     )
     loaded = []
-    swap = PreTrainedModel.set_use_kernels
-
-    def note(model, use_kernels, *rest):
-        loaded.append((use_kernels, os.environ["USE_HUB_KERNELS"]))
-        swap(model, use_kernels, *rest)
-
-    monkeypatch.setattr(PreTrainedModel, "set_use_kernels", note)
+    monkeypatch.setattr(PreTrainedModel, "set_use_kernels", partialmethod(note_kernels, loaded))
     monkeypatch.setenv("USE_HUB_KERNELS", "YES")
     sleb("eval", folder, "--blocks 1", *evaluation(text_file), *[TRUST] * trusted)
     assert {*loaded} == {(False, "NO")}
