@@ -410,7 +410,13 @@ def test_a_result_is_shown_and_exported(sleb, parent, text_file, tmp_path):
     assert "is shown alone" in sleb("export", file, file, "--to", "table", code=2).said
 
 
-def test_mistakes_are_answered_in_a_sentence(sleb, parent, tiny_encoder, llama_plan, tmp_path):
+def test_mistakes_are_answered_in_a_sentence(
+    sleb, parent, with_letters, tiny_encoder, llama_plan, tmp_path
+):
+    # The parent's second token begins behind the second letter.
+    text = tmp_path / "words.txt"
+    text.write_text(" river" * 9)
+    few = ["--perplexity", text, "--sequence-length", 2, "--max-windows", 1]
     bare = shutil.copytree(parent, tmp_path / "bare")
     for file in bare.glob("tokenizer*"):
         file.unlink()
@@ -425,6 +431,8 @@ def test_mistakes_are_answered_in_a_sentence(sleb, parent, tiny_encoder, llama_p
         ([parent, "--against", tiny_encoder], 2, "is a language model"),
         ([parent, "--against", bare, "--blocks", "1"], 2, "cannot be combined"),
         ([parent, "--against", bare, "--device-map", "auto"], 2, "cannot be combined"),
+        ([with_letters, "--against", parent, *few], 5, "parent predicts nothing"),
+        ([parent, "--against", with_letters, *few], 5, "parent predicts nothing"),
     ]
     for words, code, says in cases:
         assert says in sleb("eval", *words, code=code).said, words

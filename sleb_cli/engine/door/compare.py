@@ -21,7 +21,8 @@ from sleb_cli.order import OTHER
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import EvalRequest
 from sleb_cli.results import ComparedRecord
-from sleb_plugins import UsageError
+from sleb_cli.units import plural
+from sleb_plugins import DataError, UsageError
 
 
 def with_other(
@@ -122,6 +123,7 @@ def compare_texts(
 
     Raises:
         UsageError: a text of conversations is not read alike.
+        DataError: a model predicts nothing of what both read.
     """
     alike = []
     by_bytes = []
@@ -161,7 +163,16 @@ def _cut_by_bytes(
         bos=request.bos,
         most=request.max_windows,
     )
-    return cut(models.tokenizer(())), cut(models.tokenizer(OTHER))
+    pair = (cut(models.tokenizer(())), cut(models.tokenizer(OTHER)))
+    end = min(read.end for read in pair)
+    for read, model in zip(pair, models.subject.pair, strict=True):
+        if not read.bytes[read.starts < end].any():
+            raise DataError(
+                f"Both models read only {plural(end, 'character')} of {windows.text.source}, of "
+                f"which {model.source.name} predicts nothing.",
+                hint="Raise --max-windows or --sequence-length, or use more text.",
+            )
+    return pair
 
 
 def describe_other(subject: Subject, shared: SharedTokens | None) -> ComparedRecord:
