@@ -1,6 +1,7 @@
 """`--config`: every option of every command from a file, and a search from its plan."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -37,7 +38,7 @@ def another_value(field, annotation):
     if str in kinds or Path in kinds:
         return "1e3"  # which YAML could take for a number
     (kind,) = kinds
-    if get_origin(kind) is tuple:
+    if get_origin(kind) is Sequence:
         return [7, 3] if int in get_args(kind) else ["wikitext2", "c4"]
     if get_origin(kind) is Literal:
         return get_args(kind)[-1]

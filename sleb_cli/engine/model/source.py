@@ -203,7 +203,8 @@ def locate_model(
         )
     if trust_remote_code:
         source.require_own_code()
-    # This reads both, to report missing files before any long work.
+    # Read both now, to report missing files before any long work.
+    _ = source.raw_config, source.weights
     _require_possible_counts(source, source.raw_config)
     if pickles := [path for path in source.weights.paths if path.suffix != ".safetensors"]:
         others = f" and {len(pickles) - 1} more" if len(pickles) > 1 else ""
@@ -214,14 +215,16 @@ def locate_model(
 
 def _require_possible_counts(source: ModelSource, settings: dict[str, Any]) -> None:
     """Refuse a config with more blocks or experts than its weights can hold: all would be built."""
-    stored = source.weights.stored
     for key, value in settings.items():
         if isinstance(value, dict):
             _require_possible_counts(source, value)
+        if not _COUNTS.fullmatch(key) or not isinstance(value, int):
+            continue
+        stored = source.weights.stored
         most = len(stored)
         if key.endswith("experts"):  # which may lie in one tensor
             most = max([most, *(size for tensor in stored for size in tensor.shape)])
-        if _COUNTS.fullmatch(key) and isinstance(value, int) and value > most:
+        if value > most:
             raise ModelError(
                 f"The config of {source.id} says {key} {value:,}, which its weight files cannot "
                 f"hold: they have {plural(len(stored), 'tensor')}.",
