@@ -129,10 +129,11 @@ def with_requires_grad(model: Any) -> Iterator[None]:
     # Only then does torch fold a product into one of matrices. Otherwise a head in bfloat16 that
     # reads one position takes thirty times as long on a CPU, which users of transformers never see.
     weights = model.parameters() if getattr(model, "hf_quantizer", None) is None else ()
+    # A weight that accelerate put back on disk while a text was measured can require none.
     changed = [
         weight.requires_grad_(True)
         for weight in weights
-        if weight.is_floating_point() and not weight.requires_grad
+        if weight.is_floating_point() and not (weight.requires_grad or weight.is_inference())
     ]
     try:
         yield
