@@ -98,6 +98,7 @@ def test_the_code_of_a_plan_is_required_by_every_command(run, text_file, tmp_pat
     # A plan grants no trust.
     for command in (apply, extend, evaluate, ("bench", "plan.json"), export):
         run(*command, code=4, says=TRUST)
+    run(*export, TRUST, runs=True)
     run(*apply, TRUST, runs=True)
     own = (folder / "mine.py").read_text()
     (folder / "mine.py").write_text(own + "\n")
