@@ -203,7 +203,8 @@ def test_sequences_begin_conversations_and_are_cached_and_split(model):
         assert text.loss_mask[:, 1:].any(1).all()
         assert not text.loss_mask.all()
     wrote, read = [event.text for event in events if isinstance(event, Notice)]
-    assert re.match(r"self-chat: the model wrote \d+ conversations", wrote)
+    begun, used, dropped = map(int, re.findall(r"(\d+) (?:conv|are used|did not end)", wrote))
+    assert begun == used + dropped
     assert read.endswith("that the model wrote before, from the cache.")
 
 

@@ -68,13 +68,17 @@ def write_conversations(
         writer = _Writer(model, tokenizer, source, length, more)
         order = random.Random(drawn).sample(prompts, len(prompts))
         written = writer.write(settings.samples, size, cycle(order))
-        message = f"{source}: the model wrote {plural(len(written), 'conversation')}"
+        begun = len(written) + writer.dropped
+        message = f"{source}: the model wrote {plural(begun, 'conversation')}"
         if writer.dropped:
-            message += f", without {writer.dropped} that did not end or repeated themselves"
+            message += (
+                f", of which {len(written)} are used; {writer.dropped} did not end, or repeated "
+                "themselves"
+            )
         cut = sum(len(tokens) >= length for tokens in written)
         if 2 * cut > len(written):
             message += (
-                f"; {cut} do not end within {length} tokens, but might with a larger "
+                f"; {cut} of those used are cut at {length} tokens, and might end with a larger "
                 "--sequence-length"
             )
         notify(Notice(f"{message}."))
