@@ -6,13 +6,13 @@ from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from sleb_cli.engine.files.copying import reading
 from sleb_cli.engine.files.pickles import TORCH_DTYPES, load_pickle
 from sleb_cli.engine.files.weights import WeightFiles
+from sleb_cli.engine.third_party import error_saying, translate_errors
 from sleb_plugins import ModelError
-from sleb_plugins.errors import first_line
 
 
 def float_dtypes(weights: WeightFiles) -> list[torch.dtype]:
@@ -47,13 +47,9 @@ def read_tensors(path: Path, names: Sequence[str]) -> Iterator[torch.Tensor]:
         for name in names:
             yield tensors[name]
         return
-    try:
-        with reading(path):
-            opened = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ModelError(
-            f"{path} cannot be read: {first_line(error)}.", hint="Copy or download it again."
-        ) from error
+    fault = error_saying(ModelError, f"{path} cannot be read", "Copy or download it again.")
+    with translate_errors(fault), reading(path):  # torch opens it again, with errors of its own
+        opened = safe_open(path, framework="pt")
     with opened as file:
         for name in names:
             yield file.get_tensor(name)
