@@ -1,3 +1,4 @@
+# ruff: noqa
 """Try ways to recover a pruned model, one row at a time, and keep each row in recovery_trial.csv.
 
 python docs/experiments/recovery_trial.py NAME MODEL BLOCKS ROW --text FOLDER [--minutes M] [--seed N]
@@ -45,7 +46,17 @@ from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.requests import ApplyRequest
 
 TABLE = Path(__file__).with_name("recovery_trial.csv")
-COLUMNS = ("model", "blocks", "row", "seed", "minutes", "enwiki", "enwiki KL left", "c4", "c4 KL left")
+COLUMNS = (
+    "model",
+    "blocks",
+    "row",
+    "seed",
+    "minutes",
+    "enwiki",
+    "enwiki KL left",
+    "c4",
+    "c4 KL left",
+)
 WINDOWS = 24
 LENGTH = 512
 BATCH = 8
@@ -108,7 +119,9 @@ class Local(Stage):
                 window = [block]
             if block < at:  # trained with an earlier gap
                 window = [number for number in window if number >= at]
-                if not window or not any(number in removed for number in range(window[0], following)):
+                if not window or not any(
+                    number in removed for number in range(window[0], following)
+                ):
                     continue
             end = window[-1] + 1
             while end in removed:
@@ -128,7 +141,10 @@ class Local(Stage):
             if epochs:
                 fitted |= self._train(job, batches, pair, window, {**new, **fitted}, epochs, order)
             after = judge.divergence(pair.pruned, window[0], {**new, **fitted})
-            print(f"trained {window} to {end}: {after:.4f} ({time.monotonic() - began:.0f} s)", flush=True)
+            print(
+                f"trained {window} to {end}: {after:.4f} ({time.monotonic() - began:.0f} s)",
+                flush=True,
+            )
             if after < best:
                 best = after
                 new |= fitted
@@ -247,7 +263,10 @@ def main() -> None:
     key = (asked.name, asked.blocks, row, str(asked.seed))
     if TABLE.exists():
         with TABLE.open() as file:
-            if any(tuple(line[column] for column in COLUMNS[:4]) == key for line in csv.DictReader(file)):
+            if any(
+                tuple(line[column] for column in COLUMNS[:4]) == key
+                for line in csv.DictReader(file)
+            ):
                 print("made already")
                 return
     kind, stages = ROWS[row]
