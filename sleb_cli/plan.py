@@ -268,25 +268,19 @@ class LossesRecord(Record):
 
 
 class FitRecord(Record):
-    """One fit of a block to the dense model's hidden states, in place of `gap` removed blocks (0:
-    at the same depth).
+    """One fit of a block to the dense model's hidden states behind a gap of `gap` removed blocks.
 
     The removed blocks follow the block, or precede it if no block before them stays. `weights` are
-    the fitted modules, none if nothing could be fitted; `exact` says whether the block's output
-    changes by exactly what they add. `error_left` is the share of the squared error left on the
-    validation text, with the `ridge` that leaves the least. `divergence` is that from the dense
-    model there, in nats per token, with these values, which stay only if `kept`. If `block` is
-    null, the norm after the last block was fitted.
+    the fitted modules, none if nothing could be fitted. `error_left` is the share of the squared
+    error left on the validation text, with the `ridge` that leaves the least; with 1, the block
+    stays as it was.
     """
 
-    block: Block | None
+    block: Block
     gap: int
     weights: tuple[str, ...] = ()
-    exact: bool = True
     ridge: float | None = None
-    error_left: float | None = None
-    divergence: float
-    kept: bool
+    error_left: float
 
 
 class ClosedFormRecord(Record):

@@ -89,6 +89,8 @@ DEFAULT_SERVE_LENGTH = 4096
 DEFAULT_TEXT = "wikitext2"
 DEFAULT_SHARD_SIZE = "5GB"
 DEFAULT_HEAL_MINUTES = 10.0
+RECOVERY_HEAL_TOKENS = 32_768
+"""`--recover` trains on this many tokens after its fit: a number, so that it can be repeated."""
 RECOVERY_TOKENS = 131_072
 """Recovery fits weights to the text, so it takes more than a search."""
 RECOVERY_SELF_TOKENS = 32_768
@@ -555,17 +557,23 @@ class ApplyRequest(OneSizeRequest):
         "If the proof fails, keep the output in this folder.", _CHECKPOINT, metavar="DIR"
     )
     recover: bool = _flag(
-        "Refit the blocks around each gap to match the dense model, in closed form."
+        "Refit the block before each gap to match the dense model, then heal briefly."
     )
-    heal: bool = _flag("Train the remaining blocks, or routers, to match the dense model.")
+    heal: bool | None = option(
+        "Train the remaining blocks, or routers, to match the dense model.",
+        default="briefly with --recover",
+    )
     heal_minutes: float | None = option(
         "Stop healing after this many minutes.",
         _RECOVERY,
-        default=f"{DEFAULT_HEAL_MINUTES:g}",
+        default=f"{DEFAULT_HEAL_MINUTES:g} with --heal",
         minimum=0.001,
     )
-    heal_tokens: int | None = _count(
-        "Heal for a fixed number of tokens, for reproducible results.", _RECOVERY
+    heal_tokens: int | None = option(
+        "Heal for a fixed number of tokens, for reproducible results.",
+        _RECOVERY,
+        default=f"{RECOVERY_HEAL_TOKENS:,} with --recover alone",
+        minimum=1,
     )
     calibration: str | None = option(
         "Text to recover on, as for `sleb search`.",

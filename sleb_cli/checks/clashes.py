@@ -73,8 +73,12 @@ def given(request: Request, options: str) -> list[str]:
         name, _, pattern = option.partition("=")
         field = type(request).__dataclass_fields__.get(name)
         value = getattr(request, name, None)
-        is_set = field is not None and value not in (None, field.default) and value is not False
-        if is_set and fnmatchcase(str(value), pattern or "*"):
+        if field is None or value in (None, field.default):
+            continue
+        if value is False:
+            if pattern == "False":
+                names.append(option_of(f"no_{name}"))
+        elif fnmatchcase(str(value), pattern or "*"):
             names.append(f"{option_of(name)} {value}" if pattern else option_of(name))
     return names
 
@@ -112,11 +116,12 @@ CLASHES: tuple[Clash | Need, ...] = (
     Clash("device_map", "stream", "each runs a model that does not fit",
           "Use one of them: --stream reads each block once a step, a device map once a pass."),
     Clash("device_map", "device", "the device map chooses the devices", _ONE),
-    Clash("heal", "device_map stream",
+    Clash("heal heal_minutes heal_tokens", "device_map stream",
           "healing trains the model, so all weights must be on one device",
-          "Use a device with enough memory, or recover without training: --recover."),
+          "Use a device with enough memory, or --recover alone, which then only refits."),
     Clash("heal_minutes", "heal_tokens", "each says when healing stops", _ONE),
-    Need("heal_minutes heal_tokens", "heal"),
+    Clash("heal=False", "heal_minutes heal_tokens", "nothing would be trained", _ONE),
+    Need("heal_minutes heal_tokens", _RECOVERIES),
     Need("calibration", f"{_RECOVERIES} scripts", ApplyRequest),
     Need("samples sequence_length seed chat", f"{_RECOVERIES} calibration", ApplyRequest),
     Need("device", _RECOVERIES, ApplyRequest),

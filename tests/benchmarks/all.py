@@ -144,6 +144,7 @@ def recovered(options: argparse.Namespace) -> list[Row]:
             "--blocks",
             BLOCKS,
             "--recover",
+            "--no-heal",
             "--calibration",
             options.text,
             "--samples",

@@ -36,7 +36,7 @@ APPLIES = {
     "as it is": [],
     "shards": ["--max-shard-size", "40MB"],
     "bfloat16": ["--dtype", "bfloat16"],
-    "recovered": ["--recover", *FIT],
+    "recovered": ["--recover", "--no-heal", *FIT],
     "healed": ["--heal", "--heal-tokens", "4096", *FIT],
 }
 

@@ -47,7 +47,7 @@ def test_each_command_computes_in_what_the_processor_has(
     plan = json.loads(Path("plan.json").read_text())
     assert (plan["search"]["dtype"], plan["model"]["dtype"]) == (computed, weights)
     commands = {
-        "apply": ["--recover", *calibration(text_file, samples=10), "-o out"],
+        "apply": ["--recover --no-heal", *calibration(text_file, samples=10), "-o out"],
         "eval": evaluation(text_file),
         "bench": ["--prompt --prompt-length 8 --iterations 1"],
     }
@@ -132,7 +132,7 @@ def test_a_cast_is_proven_and_recovered_as_it_is_read(
     folder, proven = model(weights), "float16" if cast == "float16" else "float32"
     processor()
     recover = [
-        "--recover",
+        "--recover --no-heal",
         *calibration(text_file, samples=10),
         "--dtype",
         cast,

@@ -52,7 +52,6 @@ FIRST = {
     "apply": {
         **PLAN,
         "recover": True,
-        "heal": True,
         "heal_tokens": 512,
         "samples": 20,
         "output": "out",
@@ -153,6 +152,7 @@ ELSEWHERE = dict(
     for line in """
     search resume = test_a_search_that_is_cut_off_and_resumed_makes_the_same_plan
     search force = test_an_existing_plan_is_not_overwritten
+    apply heal = test_recover_trains_briefly_where_that_is_possible
     apply keep_failed = test_a_failed_proof_says_where_and_keeps_the_evidence
     apply force = test_only_force_replaces_a_checkpoint_and_nothing_else
     eval run_code = test_programs_run_only_with_permission

@@ -63,7 +63,7 @@ def recovered(result):
 
 
 def test_a_recovery_is_reported_on_answers_too(sleb, chatty, text_file, tmp_path):
-    recover = ["apply", chatty, "--blocks 2 --recover", *TEXT, "-o out"]
+    recover = ["apply", chatty, "--blocks 2 --recover --no-heal", *TEXT, "-o out"]
     mixture = f"{text_file}:0.75,self:0.25"
     shown = sleb(*recover, "--calibration", mixture)
     assert "KL, answers" in shown.stdout
@@ -81,7 +81,7 @@ def test_a_recovery_is_reported_on_answers_too(sleb, chatty, text_file, tmp_path
 
 
 def test_a_chat_model_writes_nothing_for_a_recovery_on_a_file(sleb, chatty, text_file):
-    recover = ["apply", chatty, "--blocks 2 --recover -o out --json", *TEXT]
+    recover = ["apply", chatty, "--blocks 2 --recover --no-heal -o out --json", *TEXT]
     result = sleb(*recover, "--calibration", text_file)
     assert recovered(result).conversations is None
     assert "wrote" not in result.stderr
@@ -92,7 +92,7 @@ def test_the_losses_on_answers_are_those_of_a_plain_computation(
 ):
     cut = Mock(side_effect=cut_conversations)
     monkeypatch.setattr(calibration, "cut_conversations", cut)
-    recover = ["apply", chatty, "--blocks 2 --recover", *TEXT, "-o out --json"]
+    recover = ["apply", chatty, "--blocks 2 --recover --no-heal", *TEXT, "-o out --json"]
     found = recovered(sleb(*recover, "--calibration self")).conversations
     rendered, _, length = cut.mock_calls[0].args
     ids, mask = cut_conversations(rendered, "", length, answers=True, required=None)
@@ -117,10 +117,10 @@ def test_the_losses_on_answers_are_those_of_a_plain_computation(
 
 def test_a_quarter_of_the_default_text_is_conversations(sleb, chatty, text_file):
     sleb("search", chatty, "--remove 1 --calibration", text_file, *TEXT)
-    record = recovered(sleb("apply plan.json --recover", *TEXT, "-o out --json"))
+    record = recovered(sleb("apply plan.json --recover --no-heal", *TEXT, "-o out --json"))
     assert record.train_text.title == f"{text_file.name}:0.75,self-chat:0.25"
     record = recovered(
-        sleb("apply", chatty, "--blocks 2 --recover", *TEXT, "-o out --force --json")
+        sleb("apply", chatty, "--blocks 2 --recover --no-heal", *TEXT, "-o out --force --json")
     )
     assert record.train_text.title == "self:0.5,self-chat:0.5"
 
@@ -136,7 +136,9 @@ def test_a_short_healing_has_little_text_written(sleb, chatty, monkeypatch):
 
 def test_ten_chats_are_too_few_to_recover_on(sleb, chatty, tmp_path):
     write_lines("talks.jsonl", messages=[talk("river", "snow water stone")] * 10)
-    told = sleb("apply", chatty, "--blocks 2 --recover --calibration talks.jsonl", code=5).stderr
+    told = sleb(
+        "apply", chatty, "--blocks 2 --recover --no-heal --calibration talks.jsonl", code=5
+    ).stderr
     assert "too short to be divided into training, validation and test sequences" in told
     assert "leave out --calibration" in told
 

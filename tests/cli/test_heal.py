@@ -174,6 +174,29 @@ def test_no_text_becomes_worse(healed, monkeypatch, other, kept):
     assert recovery().heal.kept_tokens == kept
 
 
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    [("", 1024), ("--heal-tokens 512", 512), ("--no-heal", 0), ("--stream", 0)],
+)
+def test_recover_trains_briefly_where_that_is_possible(
+    sleb, llama_plan, text_file, monkeypatch, options, trained
+):
+    monkeypatch.setattr(door, "RECOVERY_HEAL_TOKENS", 1024)
+    text = calibration(text_file, samples=10)
+    said = sleb("apply", llama_plan, "--recover -o out", *text, *options.split()).stderr
+    heal = recovery().heal
+    assert (heal.tokens if heal else 0) == trained
+    assert ("Training is left out" in said) == (options == "--stream")
+
+
+def test_recover_does_not_train_without_the_memory(sleb, llama_plan, text_file, monkeypatch):
+    monkeypatch.setattr(door, "memory_shortage", shortage_at(700_000))
+    text = calibration(text_file, samples=10)
+    said = sleb("apply", llama_plan, "--recover -o out", *text).stderr
+    assert "Training is left out" in said
+    assert recovery().heal is None
+
+
 def test_it_starts_from_the_closed_form(healed, monkeypatch):
     standing_in(monkeypatch, ["model.layers.5.mlp.down_proj.weight", "model.norm.weight"])
     monkeypatch.setattr(Heal, "rate", 0.0)
@@ -182,7 +205,7 @@ def test_it_starts_from_the_closed_form(healed, monkeypatch):
 
 
 def test_without_the_memory_it_is_refused(healed, monkeypatch):
-    monkeypatch.setattr(door, "memory_shortage", shortage_at(500_000))
+    monkeypatch.setattr(door, "memory_shortage", shortage_at(700_000))
     needed = (
         r"Healing needs \S+ MB of memory on cpu \(.* trained weights, "
         r"\S+ kB for the state of training"

@@ -245,15 +245,20 @@ def test_a_model_that_sees_is_pruned_in_its_language_model(search, apply, tmp_pa
 
 
 @pytest.mark.parametrize("name", [slow("qwen2_vl"), "llava, tied"])
-@torch.inference_mode()
 def test_a_model_that_sees_is_recovered_cast_and_measured(sleb, apply, text_file, tmp_path, name):
     folder = seeing_model(tmp_path / "model", SEEING[name](), torch.bfloat16)
-    recover = ["--recover", *calibration(text_file, samples=10), "--dtype", "float16", "--json"]
+    recover = [
+        "--recover --no-heal",
+        *calibration(text_file, samples=10),
+        "--dtype",
+        "float16",
+        "--json",
+    ]
     for options, output in (([], "out"), (["--stream"], "streamed")):
         applied = json.loads(
             apply(folder, "--blocks", "1,3", *recover, *options, output=output).stdout
         )
-        assert any(fit["kept"] for fit in applied["recovery"]["closed_form"]["fits"])
+        assert any(fit["error_left"] < 1 for fit in applied["recovery"]["closed_form"]["fits"])
         assert (applied["proof"]["reference"], applied["proof"]["logits_difference"]) == (
             "recovered",
             0,

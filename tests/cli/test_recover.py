@@ -6,8 +6,8 @@ import math
 import os
 import re
 import shutil
-from itertools import cycle
-from unittest.mock import DEFAULT, Mock
+from itertools import count
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -29,8 +29,8 @@ from sleb_cli.engine.door import recovery as door
 from sleb_cli.engine.files.tensors import read_all
 from sleb_cli.engine.files.weights import find_weights
 from sleb_cli.engine.output import checkpoint as engine
-from sleb_cli.engine.recovery import closed_form
 from sleb_cli.engine.recovery import recover as recover_module
+from sleb_cli.engine.recovery.ridge import Gap
 from sleb_cli.plan import read_plan
 from sleb_plugins import ProofError
 
@@ -46,10 +46,10 @@ def fit(monkeypatch):
 
 @pytest.fixture
 def recover(apply, text_file):
-    """Recover a model or plan into `out`, on text, and give the result."""
-
+    """Refit a model or plan into `out`, on text, and give the result."""
+    refit = ["--recover", "--no-heal"]
     return lambda subject, *options, samples=10, **how: apply(
-        subject, "--recover", *calibration(text_file, samples), *options, **how
+        subject, *refit, *calibration(text_file, samples), *options, **how
     )
 
 
@@ -179,7 +179,7 @@ def test_files_of_a_base_model_alone_take_new_values(recover, tiny_gpt2, fit, tm
         assert torch.equal(after[new], stored[old] * 1.1)
 
 
-@pytest.mark.parametrize("stage", [("--recover",), ("--heal", "--heal-tokens", 1024)])
+@pytest.mark.parametrize("stage", [("--recover", "--no-heal"), ("--heal", "--heal-tokens", 1024)])
 def test_float16_is_recovered_in_float32_and_keeps_every_stored_digit(
     apply, text_file, tmp_path, processor, monkeypatch, stage
 ):
@@ -200,22 +200,29 @@ def test_float16_is_recovered_in_float32_and_keeps_every_stored_digit(
 
 
 def interrupted_fit(patch):
-    turns = cycle([DEFAULT, DEFAULT, KeyboardInterrupt])
-    fit = Mock(wraps=closed_form.fit_in_rounds, side_effect=turns)
-    patch.setattr(closed_form, "fit_in_rounds", fit)
+    fit = Gap.fit
+    fitted = count()
+
+    def stop_at_the_second(gap):
+        if next(fitted) % 2:
+            raise KeyboardInterrupt
+        return fit(gap)
+
+    patch.setattr(Gap, "fit", stop_at_the_second)
 
 
 @pytest.fixture
 def fits(monkeypatch):
     """The blocks that are fitted, one after the other; each is saved."""
-    fit, found = closed_form.fit_in_rounds, []
+    fit = Gap.fit
+    found = []
 
-    def counted(projections, solve, *most):
-        found.append(solve.__self__.block)
-        return fit(projections, solve, *most)
+    def counted(gap):
+        found.append(gap.block)
+        return fit(gap)
 
     save_always(monkeypatch)
-    monkeypatch.setattr(closed_form, "fit_in_rounds", counted)
+    monkeypatch.setattr(Gap, "fit", counted)
     return found
 
 
@@ -236,7 +243,7 @@ def fits(monkeypatch):
 def test_no_fit_is_lost_and_none_to_other_text_is_used(
     recover, tiny_llama, tmp_path, monkeypatch, fits, fail, code, all_fitted, options
 ):
-    command = [tiny_llama, "--blocks", "2", *options]
+    command = [tiny_llama, "--blocks", "1,3", *options]
     recover(*command, samples=20, output="whole")
     whole = fits.copy()
     with monkeypatch.context() as patch:
@@ -246,7 +253,7 @@ def test_no_fit_is_lost_and_none_to_other_text_is_used(
     assert "What was found is saved in" in stopped.stderr
     fitted = fits[len(whole) :]
     result = recover(*command, samples=20)
-    assert re.search(r"Continuing with \d+ fits of an interrupted run.", result.stderr)
+    assert re.search(r"Continuing with \d+ fits? of an interrupted run.", result.stderr)
     again = fits[len(whole) + len(fitted) :]
     assert (again == []) == all_fitted
     assert fitted[: len(whole) - len(again)] + again == whole  # each once, in two runs
@@ -270,7 +277,8 @@ def test_a_fit_is_not_continued_with_another_setting(
         },
     )
     text.write_text(prose(100))
-    command = [folder, "--blocks", "2", "--recover", "--calibration", text, "--sequence-length", 32]
+    refit = ["--recover", "--no-heal", "--calibration", text, "--sequence-length", 32]
+    command = [folder, "--blocks", "2", *refit]
     records = [
         json.loads(apply(*command, *options, "--json", output=output).stdout)["recovery"]
         for options, output in (([], "before"), (change, "undisturbed"))
@@ -327,8 +335,8 @@ def test_the_default_text_is_the_plans_or_the_models_own(
     plan["calibration"]["source"] = planned.format(text_file)
     llama_plan.write_text(json.dumps(plan))
     subject = [llama_plan] if planned else [tiny_llama, "--blocks", "3"]
-    options = ["--recover", "--samples", 10, "--sequence-length", 32, "--no-verify", "--json"]
-    source = json.loads(apply(*subject, *options).stdout)["recovery"]["train_text"]["source"]
+    options = "--recover --no-heal --samples 10 --sequence-length 32 --no-verify --json"
+    source = json.loads(apply(*subject, options).stdout)["recovery"]["train_text"]["source"]
     assert source == (f"{text_file}:0.75,self:0.25" if planned else "self")
 
 

@@ -12,7 +12,7 @@ COMMANDS = {
     # races look after batches
     "search": "search MODEL --remove 2 TEXT --fast --holdout 0.25 --batch-size 2",
     "apply": "apply PLAN --max-shard-size 20kB --stream",
-    "apply --recover": "apply PLAN --recover --heal --heal-tokens 1024 TEXT",
+    "apply --recover": "apply PLAN --recover --heal-tokens 1024 TEXT",
     "eval": "eval PLAN --every 1 --perplexity FILE --sequence-length 32 --max-windows 8",
     "eval --tasks": "eval PLAN --tasks mine --include-path tasks",
 }

@@ -35,12 +35,14 @@ NIGHTLY = ["gpt_neox", "olmo2", "granite", "opt"]
 )
 def test_recovery_pays_and_its_checkpoint_is_proven(sleb, model_type, tmp_path):
     model = save_model(tmp_path / "model", tiny_config(model_type))
-    few = "--blocks 2,3 --recover --samples 60 --sequence-length 32 -o out --json"
+    few = (
+        "--blocks 2,3 --recover --heal-tokens 8192 --samples 60 --sequence-length 32 -o out --json"
+    )
     applied = json.loads(sleb("apply", model, *few.split()).stdout)
     recovery = applied["recovery"]
     proof = applied["proof"]
-    assert recovery["closed_form_losses"]["loss"] < recovery["pruned"]["loss"]
-    assert any(fit["kept"] for fit in recovery["closed_form"]["fits"])
+    assert recovery["heal"]["losses"]["divergence"] < recovery["pruned"]["divergence"]
+    assert any(fit["error_left"] < 1 for fit in recovery["closed_form"]["fits"])
     assert (proof["reference"], proof["partial"]) == ("recovered", None)
     assert proof["logits_difference"] == 0
 

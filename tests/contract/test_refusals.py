@@ -34,7 +34,7 @@ def typed(request, option):
     flag = requests.option_of(name)
     kind = requests.kinds_of(get_type_hints(request)[name])[0]
     if kind is bool:
-        return flag
+        return requests.option_of(f"no_{name}") if value == "False" else flag
     if get_origin(kind) is Literal:
         return f"{flag} {get_args(kind)[-1]}"
     return f"{flag} {value.replace('*', 'x') or 3}"

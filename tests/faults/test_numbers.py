@@ -165,7 +165,7 @@ def test_a_bad_sequence_is_named_with_its_text_and_the_block(search, tmp_path, t
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        (("--recover",), 4, "hidden states that are not finite numbers"),
+        (("--recover", "--no-heal"), 4, "hidden states that are not finite numbers"),
         (("--heal", "--heal-tokens", 4096), 0, "Skipping steps whose gradient is not finite"),
     ],
 )

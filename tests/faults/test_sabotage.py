@@ -216,7 +216,7 @@ FILES = {
     "the file is cut off": Kind(of_bytes(lambda data: data[:-999])),
     "the file is the dense model's": quiet(lambda made, dense: shutil.copyfile(dense, made)),
 }
-RECOVER = ["--recover", *calibration("text.txt", samples=10)]
+RECOVER = ["--recover", "--no-heal", *calibration("text.txt", samples=10)]
 DAMAGED = [
     *((name, kind, "", ()) for name, kind in CHECKPOINTS.items()),
     (MOVED, CHECKPOINTS[MOVED], "", ("--stream",)),

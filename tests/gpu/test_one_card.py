@@ -127,7 +127,7 @@ def test_a_search_keeps_to_its_memory(run, card, show, dtype):
 
 def test_recovery_and_healing_each_lower_the_divergence(run, card, show, tmp_path):
     tokens = 65536 if card.is_real else 1024
-    options = f"--blocks 2,3 --recover --heal --heal-tokens {tokens} -o out"
+    options = f"--blocks 2,3 --recover --heal-tokens {tokens} -o out"
     data, seconds = run("apply", *options.split())
     recovery = data["recovery"]
     show(f"recovered and healed in {seconds:.1f} s")

@@ -15,9 +15,9 @@ from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.memory import memory_shortage
 from sleb_cli.engine.model.experts import find_experts
 from sleb_cli.engine.output.checkpoint import Output
-from sleb_cli.engine.recovery.closed_form import ClosedForm
 from sleb_cli.engine.recovery.heal import Heal, HealReader, HealRouters
 from sleb_cli.engine.recovery.heal_budget import HealBudget
+from sleb_cli.engine.recovery.ridge import Ridge
 from sleb_cli.engine.recovery.saved_state import begun_dtype, saved_bytes
 from sleb_cli.engine.recovery.stage import HIDDEN_STATES, RecoverySettings, Stage
 from sleb_cli.engine.surgery.loading import Placement, has_tokenizer, load_tokenizer
@@ -35,6 +35,7 @@ from sleb_cli.requests import (
     DEFAULT_HEAL_MINUTES,
     HEALING_TEXTS,
     READER_LENGTH,
+    RECOVERY_HEAL_TOKENS,
     RECOVERY_LENGTH,
     RECOVERY_SELF_TOKENS,
     RECOVERY_TOKENS,
@@ -76,14 +77,13 @@ def resolve_recovery(
     # says.
     written = [output.dtype] if output.dtype else float_dtypes(architecture.source.weights)
     stored = min([*written, target], key=lambda dtype: dtype.itemsize)
-    stages = _stages(request, subject)
 
     # An unfinished recovery goes on in the data type that it began in.
     dtype = begun_dtype(output.path, dtype_name(stored)) or AUTO
     # Gradients and sums may leave the range of float16. All weights that are trained are float32.
     if target is torch.float16 or architecture.reading:
         dtype = "float32"
-    placement = _place(subject, request, stages, output, dtype, notify)
+    stages, placement = _place(subject, request, output, dtype, notify)
     text = _resolve_text(request, subject, stream=placement.stream)
     if request.calibration is None and all(map(is_written, text.shares)):
         _say_what_is_not_read(subject, text, notify)
@@ -102,12 +102,16 @@ def resolve_recovery(
 def _stages(request: ApplyRequest, subject: Subject) -> tuple[Stage, ...]:
     stages: list[Stage] = []
     if request.recover:
-        stages.append(ClosedForm())
-    if request.heal:
-        minutes = request.heal_minutes
-        if minutes is None and request.heal_tokens is None:
+        stages.append(Ridge())
+    minutes = request.heal_minutes
+    tokens = request.heal_tokens
+    if minutes is None and tokens is None:
+        if request.heal:
             minutes = DEFAULT_HEAL_MINUTES
-        budget = HealBudget(minutes, request.heal_tokens)
+        else:
+            tokens = RECOVERY_HEAL_TOKENS
+    if request.heal is not False:
+        budget = HealBudget(minutes, tokens)
         if "experts" in subject.surgery.other_cuts:
             stages.append(HealRouters(budget, find_experts(subject.architecture).router))
         elif subject.architecture.reading:
@@ -120,20 +124,25 @@ def _stages(request: ApplyRequest, subject: Subject) -> tuple[Stage, ...]:
 def _place(
     subject: Subject,
     request: ApplyRequest,
-    stages: Sequence[Stage],
     output: Output,
     dtype: str,
     notify: Notify,
-) -> Placement:
+) -> tuple[tuple[Stage, ...], Placement]:
     """Place the dense model, which computes in bfloat16 or float32, beside what the stages need."""
     device = choose_device(request.device or AUTO)
     widest = parse_dtype(dtype, output.dtype or subject.architecture.dtype)
     if device.type == "cpu" and widest not in cpu_dtypes():
         widest = torch.float32
-    reserved = 0
-    for stage in stages:
-        # Hidden states are left out: if there is no room for them, they wait on the host.
-        reserved += sum(stage.needed_bytes(subject.surgery, widest, tokens=0).values())
+    stages = _stages(request, subject)
+    if not _can_train(subject, request, stages, device, widest):
+        notify(
+            Notice(
+                "Training is left out, since it needs the whole model in memory on one device: the "
+                "blocks before the gaps are only refitted."
+            )
+        )
+        stages = tuple(stage for stage in stages if stage.streams)
+    reserved = _reserved(subject, stages, widest)
     placement = place_model(
         subject.architecture,
         device,
@@ -144,7 +153,35 @@ def _place(
         reserved=reserved,
         cast=output.dtype,
     )
-    return replace(placement, device=device)
+    return stages, replace(placement, device=device)
+
+
+def _can_train(
+    subject: Subject,
+    request: ApplyRequest,
+    stages: Sequence[Stage],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> bool:
+    """Tell whether training has a place. It is always tried if options ask for it."""
+    asked = request.heal or request.heal_minutes or request.heal_tokens
+    if asked or all(stage.streams for stage in stages):
+        return True
+    if request.stream or request.device_map is not None:
+        return False
+    needed = model_bytes(subject.architecture, dtype) + _reserved(subject, stages, dtype)
+    return memory_shortage(needed, device) is None
+
+
+def _reserved(subject: Subject, stages: Sequence[Stage], dtype: torch.dtype) -> int:
+    """Return the bytes that the stages need besides the model.
+
+    Hidden states are left out: if there is no room for them, they wait on the host.
+    """
+    reserved = 0
+    for stage in stages:
+        reserved += sum(stage.needed_bytes(subject.surgery, dtype, tokens=0).values())
+    return reserved
 
 
 def _check_memory(
@@ -215,7 +252,7 @@ def _resolve_text(request: ApplyRequest, subject: Subject, *, stream: bool) -> C
 
 def _default_tokens(text: CalibrationSettings, request: ApplyRequest) -> int:
     tokens = RECOVERY_SELF_TOKENS if all(map(is_written, text.shares)) else RECOVERY_TOKENS
-    if request.heal and request.heal_minutes is not None and any(map(is_written, text.shares)):
+    if request.heal_minutes is not None and any(map(is_written, text.shares)):
         # Writing must not take longer than the healing that reads it.
         tokens = int(tokens * min(1, max(1 / 4, request.heal_minutes / DEFAULT_HEAL_MINUTES)))
     return tokens

@@ -23,7 +23,9 @@ from sleb_cli.events import Advance, HealChecked, Notice, Notify
 from sleb_plugins import ModelError
 
 CHECKS = 10
-"""How many times the validation text is measured over the whole budget."""
+"""How many times at most the validation text is measured over the whole budget."""
+TRAINED_PER_CHECKED = 4
+"""How many tokens are trained on at least between two checks for each token that is checked."""
 PATIENCE = 3
 """Training stops after this many checks without a lower divergence, in the second half of the
 budget: in the first, the learning rate is too high to tell.
@@ -33,7 +35,8 @@ budget: in the first, the learning rate is too high to tell.
 class Progress(BaseModel, strict=True, extra="forbid"):
     """The progress of a training, besides its tensors.
 
-    `position` is in a portion of the text; `untrained` has each text's divergence at the start.
+    `position` is in a portion of the text; `checked_at` is the tokens at the last check, and
+    `untrained` has each text's divergence at the start.
     """
 
     steps: int = 0
@@ -42,6 +45,7 @@ class Progress(BaseModel, strict=True, extra="forbid"):
     portion: int = 0
     position: int = 0
     checks: int = 0
+    checked_at: int = 0
     stale: int = 0
     best_divergence: float = math.inf
     best_tokens: int = 0
@@ -97,6 +101,8 @@ class Training:
         self.rate = rate
         self.micro_batch = texts.size
         self.has_skipped = False
+        checked = (batch for batches in texts.checked.values() for batch in batches)
+        self.min_pause = TRAINED_PER_CHECKED * sum(batch.tokens for batch in checked)
         self.best = weights.values.detach().clone()
         self.name = name
         self.state = {f"trained.{key}": tensor for key, tensor in weights.state.items()}
@@ -119,8 +125,10 @@ class Training:
         while used < 1 and progress.stale < PATIENCE:
             loss = self._step(next(batches), used)
             used = self._used()
-            if int(used * CHECKS) > progress.checks or used >= 1:
+            is_due = int(used * CHECKS) > progress.checks
+            if used >= 1 or (is_due and progress.tokens - progress.checked_at >= self.min_pause):
                 progress.checks = int(used * CHECKS)
+                progress.checked_at = progress.tokens
                 self._check(loss)
             self.job.state.save_if_due(self.name, progress, self.state)
         self.job.state.save(self.name, progress, self.state)  # what comes next may fail, too
