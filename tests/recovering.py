@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 from sleb_cli.engine.recovery import saved_state
-from sleb_cli.engine.recovery.distillation import Distillation
+from sleb_cli.engine.recovery.language import Distillation
 from sleb_cli.engine.recovery.ridge import Ridge
 from sleb_cli.plan import ClosedFormRecord
 

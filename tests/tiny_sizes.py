@@ -38,8 +38,7 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     "forward.passes": {"KEPT_DEPTHS": 1},
     "quality.texts": {"CHECKED_TOKENS": 6, "TOKENS_PER_PART": 100},
     "quality.lm_eval_tasks": {"MAX_BATCH": 2, "CPU_BATCH": 2, "WRITING_BATCH": 3},
-    # Recovery: positions and rows at a time.
-    "recovery.low_rank": {"ROWS_AT_ONCE": 7},
+    # Recovery: positions at a time.
     "recovery.variant": {"POSITIONS": 24, "BATCH_TOKENS": 48},
     # What is saved after a while is saved at once.
     "search.journal": {"SECONDS_BETWEEN_SYNCS": 0.0},

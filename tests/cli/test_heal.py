@@ -21,8 +21,8 @@ from recovering import failing, interrupt_healing, standing_in
 from sleb_cli.engine.door import recovery as door
 from sleb_cli.engine.output import checkpoint as writing
 from sleb_cli.engine.recovery import training
-from sleb_cli.engine.recovery.distillation import Distillation
 from sleb_cli.engine.recovery.heal import Heal
+from sleb_cli.engine.recovery.language import Distillation
 from sleb_cli.plan import read_plan
 from sleb_plugins import ProofError
 

@@ -11,7 +11,7 @@ import torch
 from conftest import calibration, evaluation, prose, save_model, slow, weight_bytes_of, weights_of
 from families import experts_config
 from recovering import interrupt_healing
-from sleb_cli.engine.recovery.distillation import Distillation
+from sleb_cli.engine.recovery.language import Distillation
 from sleb_cli.plan import read_plan
 
 GATES = r".*\.gate\.weight"

@@ -12,8 +12,8 @@ from sleb_cli.engine.forward import logits
 from sleb_cli.engine.forward.memory_budget import settings_for
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.recovery import variant
-from sleb_cli.engine.recovery.distillation import Distillation
 from sleb_cli.engine.recovery.heal import can_share
+from sleb_cli.engine.recovery.language import Distillation
 from sleb_cli.engine.recovery.variant import DenseComparison, Variant
 from sleb_cli.engine.text.calibration import Calibration
 

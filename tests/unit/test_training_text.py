@@ -1,6 +1,4 @@
-"""The stream of text of a training: what was never seen comes first, and what the model writes is
-used twice.
-"""
+"""The stream of text of a training: nothing comes twice, but for what the model writes."""
 
 from collections import Counter
 from dataclasses import replace
@@ -10,7 +8,7 @@ import pytest
 
 from conftest import llama_config, prose, random_model, train_tokenizer
 from sleb_cli.checks.mixture import parse_mixture
-from sleb_cli.engine.recovery.training_text import TrainingText
+from sleb_cli.engine.recovery.language import TrainingText
 from sleb_cli.engine.text.calibration import Calibration, calibrate
 from sleb_cli.engine.text.settings import CalibrationSettings
 from sleb_cli.events import ignore
@@ -45,9 +43,9 @@ def rows_of(sequences):
     return [tuple(row) for row in sequences.tolist()]
 
 
-def test_all_windows_of_a_file_come_once_the_fitted_ones_last(tmp_path):
+def test_all_windows_of_a_file_come_once(tmp_path):
     (tmp_path / "text.txt").write_text(prose(300))
-    text, fitted = stream(tmp_path / "text.txt", 10)
+    text, _ = stream(tmp_path / "text.txt", 10)
     order = []
     for number in range(40):
         portion = rows_of(text.portion(number, ignore)[0])
@@ -57,27 +55,23 @@ def test_all_windows_of_a_file_come_once_the_fitted_ones_last(tmp_path):
     assert 40 < windows <= 200
     whole = windows - windows % 10  # another round begins within a portion
     assert len(set(order[:whole])) == whole
-    unseen = set(order[: whole - 10])
-    assert not unseen & set(rows_of(fitted.sequences))
     assert rows_of(stream(tmp_path / "text.txt", 10)[0].portion(7, ignore)[0]) == order[70:80]
 
 
-def test_what_the_model_writes_is_used_twice_far_apart(tmp_path, model):
+def test_what_the_model_writes_is_in_two_portions(tmp_path, model):
     (tmp_path / "text.txt").write_text(prose(900))
     source = f"{tmp_path / 'text.txt'}:0.75,self:0.25"
     text, fitted = stream(source, 32, model)
     known = rows_of(fitted.sequences_of("self")[0])
-    portions = [rows_of(text.portion(number, ignore)[0]) for number in range(3)]
-    written = []
-    for portion in portions:
-        counts = Counter(portion)
-        assert sorted(counts.values()) == [1] * 24 + [2] * 4
-        twice = {row for row, count in counts.items() if count == 2}
-        assert twice <= set(portion[:16]) & set(portion[16:])
-        written.append(twice)
+    portions = [rows_of(text.portion(number, ignore)[0]) for number in range(4)]
+    counts = Counter(row for portion in portions for row in portion)
+    written = {row for row, count in counts.items() if count == 2}
+    assert sorted(counts.values()) == [1] * 96 + [2] * 16
     # What it wrote for the fitted text is taken first.
-    assert written[0] | written[1] == set(known)
-    assert not written[2] & set(known)
+    for portion, is_known in zip(portions, (True, True, False, False), strict=True):
+        own = written & set(portion)
+        assert len(own) == 8
+        assert (own == set(known)) == is_known
     # A portion does not depend on those before it.
     assert rows_of(stream(source, 32, model)[0].portion(2, ignore)[0]) == portions[2]
 

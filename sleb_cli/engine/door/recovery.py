@@ -16,10 +16,10 @@ from sleb_cli.engine.memory import memory_shortage
 from sleb_cli.engine.model.experts import find_experts
 from sleb_cli.engine.output.checkpoint import Output
 from sleb_cli.engine.recovery.heal import Heal, HealReader, HealRouters
-from sleb_cli.engine.recovery.heal_budget import HealBudget
 from sleb_cli.engine.recovery.ridge import Ridge
 from sleb_cli.engine.recovery.saved_state import begun_dtype, saved_bytes
 from sleb_cli.engine.recovery.stage import HIDDEN_STATES, RecoverySettings, Stage
+from sleb_cli.engine.recovery.training import HealBudget
 from sleb_cli.engine.surgery.loading import Placement, has_tokenizer, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.settings import (

@@ -12,16 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.recovery.distillation import Distillation
-from sleb_cli.engine.recovery.flat_weights import FlatWeights, RelativeWeights, WholeWeights
-from sleb_cli.engine.recovery.heal_budget import HealBudget
-from sleb_cli.engine.recovery.low_rank import RANK, LowRank, trained_numbers
+from sleb_cli.engine.recovery.language import Distillation, LanguageSet
 from sleb_cli.engine.recovery.outputs import OutputSet
 from sleb_cli.engine.recovery.saved_state import DIGITS
 from sleb_cli.engine.recovery.stage import Job, Stage, kept_blocks
-from sleb_cli.engine.recovery.training import Progress, Training, TransferSet
-from sleb_cli.engine.recovery.training_text import LanguageSet
+from sleb_cli.engine.recovery.training import HealBudget, Progress, Training, TransferSet
 from sleb_cli.engine.recovery.variant import Variant
+from sleb_cli.engine.recovery.weights import (
+    RANK,
+    FlatWeights,
+    LowRank,
+    RelativeWeights,
+    WholeWeights,
+    trained_numbers,
+)
 from sleb_cli.engine.surgery.loading import load_pruned
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import HEAL_TASK, task
@@ -49,7 +53,7 @@ class Heal(Stage):
 
     Attributes:
         rate: the highest learning rate; steps are relative to the size of each weight
-            (`low_rank.py`).
+            (`weights.py`).
         rank: of the changes; None if all numbers are trained.
     """
 

@@ -6,8 +6,10 @@ The best point is the one with the least divergence among those where no text is
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -15,13 +17,12 @@ import torch
 from pydantic import BaseModel, Field
 
 from sleb_cli.engine.memory import in_smaller_pieces
-from sleb_cli.engine.recovery.distillation import learning_rate
-from sleb_cli.engine.recovery.flat_weights import FlatWeights
-from sleb_cli.engine.recovery.heal_budget import Clock, HealBudget
 from sleb_cli.engine.recovery.stage import Job
+from sleb_cli.engine.recovery.weights import FlatWeights
 from sleb_cli.events import Advance, HealChecked, Notice, Notify
 from sleb_plugins import ModelError
 
+WARMUP_STEPS = 6
 CHECKS = 10
 """How many times at most the validation text is measured over the whole budget."""
 TRAINED_PER_CHECKED = 4
@@ -30,6 +31,48 @@ PATIENCE = 3
 """Training stops after this many checks without a lower divergence, in the second half of the
 budget: in the first, the learning rate is too high to tell.
 """
+
+
+@dataclass(frozen=True)
+class HealBudget:
+    """When to stop: after minutes or after tokens."""
+
+    minutes: float | None
+    tokens: int | None
+
+    @property
+    def total(self) -> int:
+        """The budget in its own unit, seconds or tokens."""
+        if self.tokens is not None:
+            return self.tokens
+        return max(1, round(60 * (self.minutes or 0)))
+
+    def used(self, seconds: float, tokens: int) -> float:
+        """Return the seconds used, or the tokens where the budget is tokens."""
+        if self.tokens is not None:
+            return float(tokens)
+        return seconds
+
+
+class Clock:
+    """Times a healing without its interruptions, and moves its progress bar."""
+
+    def __init__(self, budget: HealBudget, advance: Advance, seconds: float) -> None:
+        self._budget = budget
+        self._advance = advance
+        self._began = time.monotonic() - seconds
+        self._told = 0
+
+    def seconds(self) -> float:
+        """Return the seconds since the healing began."""
+        return time.monotonic() - self._began
+
+    def tell(self, tokens: int) -> None:
+        """Move the progress bar to the share of the budget used after `tokens`."""
+        new = int(self._budget.used(self.seconds(), tokens) - self._told)
+        if new:
+            self._advance(new)
+            self._told += new
 
 
 class Progress(BaseModel, strict=True, extra="forbid"):
@@ -229,3 +272,14 @@ class Training:
             total += self.texts.distillation.divergence(batch)
             targets += batch.targets
         return total, targets
+
+
+def learning_rate(peak: float, share: float, steps: int) -> float:
+    """Return the learning rate after `steps`: a linear warmup, then a cosine to 0.
+
+    `share` of the budget is used.
+    """
+    # Adam's moments are unreliable in the first steps.
+    warmup = (steps + 1) / WARMUP_STEPS
+    cosine = 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+    return peak * min(warmup, cosine)

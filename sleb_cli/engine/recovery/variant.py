@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import as_float64
-from sleb_cli.engine.forward.logits import float32_slices
+from sleb_cli.engine.forward.logits import float32_slices, position_slices
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
 from sleb_cli.engine.forward.stores import Store, to_cpu
 from sleb_cli.engine.text.calibration import Calibration
@@ -134,9 +134,8 @@ def summed_losses(
     states: tuple[Tensor, Tensor],
     ids: Tensor,
     counted: Tensor,
-    every: int = 1,
 ) -> Losses:
-    """Compare a model with the dense one at every n-th position of a batch, summed in float64.
+    """Compare a model with the dense one on a batch, summed in float64.
 
     `models` are the model and the dense one, and `states` their final states, [batch, positions,
     hidden size], on any device. `counted` marks which of the `ids` count as next tokens; both are
@@ -147,18 +146,12 @@ def summed_losses(
     dense_states = states[1].to(ids.device)
     loss = 0.0
     divergence = 0.0
-    positions = torch.arange(0, ids.shape[1] - 1, every, device=ids.device)
-    positions_at_once = max(1, POSITIONS // len(ids))
-    for chunk in torch.split(positions, positions_at_once):
-        tokens = ids[:, chunk]
-        targets = ids[:, chunk + 1].flatten()
-        chosen = counted[:, chunk + 1].flatten()
-        ours = model.logits(model_states[:, chunk], tokens).flatten(0, 1)
-        theirs = dense.logits(dense_states[:, chunk], tokens).flatten(0, 1)
-        if not chosen.all():  # indexing copies
-            ours = ours[chosen]
-            theirs = theirs[chosen]
-            targets = targets[chosen]
+    for positions in position_slices(ids, POSITIONS):
+        tokens = ids[:, positions]
+        chosen = counted[:, 1:][:, positions].flatten()
+        targets = ids[:, 1:][:, positions].flatten()[chosen]
+        ours = model.logits(model_states[:, positions], tokens).flatten(0, 1)[chosen]
+        theirs = dense.logits(dense_states[:, positions], tokens).flatten(0, 1)[chosen]
         for rows in float32_slices(ours):
             logits = ours[rows].float()
             comparison = compare_logits(theirs[rows].float(), logits)

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from sleb_cli.engine.recovery import low_rank
-from sleb_cli.engine.recovery.flat_weights import BETAS, CLIP, WholeWeights
-from sleb_cli.engine.recovery.low_rank import LowRank, rank_of
+from sleb_cli.engine.recovery import weights as module
+from sleb_cli.engine.recovery.weights import BETAS, CLIP, LowRank, WholeWeights, rank_of
 
 SHAPES = [(24, 16), (3, 10, 12)]
 """A matrix, and a stack of experts."""
@@ -50,7 +49,7 @@ def test_the_rank_is_at_most_half_of_the_weights_own(shape, rank):
 
 
 def test_steps_are_those_of_lora_under_adamw(monkeypatch):
-    monkeypatch.setattr(low_rank, "RANK", 4)
+    monkeypatch.setattr(module, "RANK", 4)
     torch.manual_seed(0)
     start = [torch.randn(shape) for shape in SHAPES]
     weights = [nn.Parameter(value.clone()) for value in start]
@@ -64,7 +63,7 @@ def test_steps_are_those_of_lora_under_adamw(monkeypatch):
         )
     )
     pairs = plain_pairs(trained.values.detach())
-    sizes = [value.square().mean().sqrt() / low_rank.REFERENCE_SIZE for value in start]
+    sizes = [value.square().mean().sqrt() / module.REFERENCE_SIZE for value in start]
     scales = [
         size * 24 / value.shape[-1] ** 0.5
         for size, value in zip(
@@ -138,7 +137,7 @@ def test_steps_too_small_for_bfloat16_add_up():
     trained = LowRank([weight], [weight.detach().clone()], torch.bfloat16)
     down = trained.values.data[:32].view(4, 8)
     down.fill_(
-        0.25 * low_rank.REFERENCE_SIZE * low_rank.INITIAL * math.sqrt(8)
+        0.25 * module.REFERENCE_SIZE * module.INITIAL * math.sqrt(8)
     )  # times the scale: 0.25
     for _ in range(100):
         trained.gradient[32:] = 1.0
