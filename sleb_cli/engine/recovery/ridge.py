@@ -18,7 +18,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from pydantic import BaseModel
 from torch import Tensor, nn
 
 from sleb_cli.engine.device import as_float64
@@ -33,15 +32,12 @@ from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.transformers_internals import Conv1D
 from sleb_cli.events import Notice, task
 from sleb_cli.plan import ClosedFormRecord, FitRecord, LossesRecord
-from sleb_cli.units import plural
 from sleb_plugins import ModelError, UnsupportedModelError
 
 RIDGE_TASK = "Recovering in closed form"
 BATCH_TOKENS = 4096
 RIDGES = (0.01, 0.1, 1.0, 10.0)
 """Penalties relative to the squares of each input; the validation text chooses."""
-ROUNDS = 3
-"""Behind a norm, a fit changes what the norm divides by, so it is repeated."""
 EXACT = 0.02
 """How far from a constant the share of a gradient may be that a module receives: the rounding of
 bfloat16.
@@ -50,14 +46,6 @@ NEAR = 3.0
 """The same where the rest of the block also reads the module's output."""
 SILENT = 0.01
 """Channels that a norm multiplies by less than this share of the mean are not fitted."""
-_SAVED = "closed form"
-"""The name of this stage in the saved state."""
-
-
-class SavedFits(BaseModel, strict=True, extra="forbid"):
-    """The fits so far, in order of depth."""
-
-    fits: tuple[FitRecord, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +62,7 @@ class Ridge(Stage):
         """Return the bytes of hidden states, and of the sums of the largest fit."""
         width: int = surgery.architecture.text_config.hidden_size
         states = states_bytes(surgery.architecture, dtype, tokens)
-        inputs = max(_most_inputs(block, width) for block in kept_blocks(surgery))
+        inputs = _most_inputs(surgery)
         # In float64 the sums; in float32 one to factor, its factor, and the solution.
         sums = 8 * (2 * inputs * inputs + 2 * inputs * width)
         # Entering the model, entering a block in both models, and leaving it.
@@ -83,8 +71,7 @@ class Ridge(Stage):
     def saved_bytes(self, surgery: Surgery, stored: torch.dtype) -> int:
         """Return the bytes of all fits at most."""
         width: int = surgery.architecture.text_config.hidden_size
-        inputs = max(_most_inputs(block, width) for block in kept_blocks(surgery))
-        return len(_gaps(surgery)) * inputs * width * stored.itemsize
+        return len(_gaps(surgery)) * _most_inputs(surgery) * width * stored.itemsize
 
     def run(
         self, job: Job, values: Mapping[str, Tensor]
@@ -92,6 +79,10 @@ class Ridge(Stage):
         """Fit the block before each gap; return its new values by parameter."""
         assert not values
         dense = job.dense
+        if found := job.state.find(self.key, ClosedFormRecord):
+            job.notify(Notice("Continuing after the fits of an interrupted run."))
+            record, tensors = found
+            return {name: _in_place(dense, name, tensors[name]) for name in tensors}, record
         with torch.no_grad():
             sequences = job.validation.sequences[:CHECKED_SEQUENCES].to(dense.device)
             if reason := why_not_fork(dense, sequences):
@@ -101,7 +92,10 @@ class Ridge(Stage):
                 )
             size = max(1, BATCH_TOKENS // job.train.sequences.shape[1])
             fit = partial(_fit_gaps, job)
-            return in_smaller_pieces(fit, size, dense.device, job.notify, "fitting {} sequences")
+            said = "fitting {} sequences"
+            fitted, record = in_smaller_pieces(fit, size, dense.device, job.notify, said)
+        job.state.save(self.key, record, fitted)
+        return fitted, record
 
     def fields(self, done: ClosedFormRecord, losses: LossesRecord) -> dict[str, Any]:
         """Return the fits, and the losses with them."""
@@ -129,7 +123,8 @@ def _fit_gaps(job: Job, size: int) -> tuple[dict[str, Tensor], ClosedFormRecord]
     dense = job.dense
     surgery = job.settings.surgery
     store = to_cpu if job.settings.on_host else keep_on_device
-    saved = _Saved(job)
+    values: dict[str, Tensor] = {}
+    fits: list[FitRecord] = []
     gaps = _gaps(surgery)
     begin = 0 if 0 in surgery.removed else gaps[0][0]
     with task(job.notify, RIDGE_TASK, gaps[-1][1], "blocks") as advance:
@@ -147,55 +142,24 @@ def _fit_gaps(job: Job, size: int) -> tuple[dict[str, Tensor], ClosedFormRecord]
         for block, behind, gone in gaps:
             targets = run_blocks(dense, range(begin, behind), calls, targets, store)
             before = [number for number in range(begin, block) if number not in surgery.removed]
-            with dense.replaced(saved.values):
+            with dense.replaced(values):
                 pruned = run_blocks(dense, before, calls, pruned, store)
-            if block not in saved.blocks:
-                calls_of_block = [calls_of_batch[block] for calls_of_batch in calls]
-                gap = Gap(job, block, gone, calls_of_block, train, pruned, targets)
-                saved.add(*gap.fit())
-            with dense.replaced(saved.values):
+            calls_of_block = [calls_of_batch[block] for calls_of_batch in calls]
+            gap = Gap(job, block, gone, calls_of_block, train, pruned, targets)
+            record, fitted = gap.fit()
+            fits.append(record)
+            values |= fitted
+            with dense.replaced(values):
                 pruned = run_blocks(dense, [block], calls, pruned, store)
             advance(behind - begin)
             begin = behind
-    saved.save()
-    return saved.values, ClosedFormRecord(fits=tuple(saved.fits))
-
-
-class _Saved:
-    """The fits so far, with those of an interrupted run."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.fits: list[FitRecord] = []
-        self.values: dict[str, Tensor] = {}
-        if found := job.state.find(_SAVED, SavedFits):
-            record, tensors = found
-            self.fits = [*record.fits]
-            # The values go where weights lie, since fast kernels may round differently at other
-            # addresses.
-            for name, value in tensors.items():
-                device = job.dense.model.get_parameter(name).device
-                if device.type == "meta":
-                    device = job.dense.device
-                self.values[name] = value.to(device, copy=True)
-            count = plural(len(self.fits), "fit")
-            job.notify(Notice(f"Continuing with {count} of an interrupted run."))
-        self.blocks = {fit.block for fit in self.fits}
-
-    def add(self, fit: FitRecord, values: Mapping[str, Tensor]) -> None:
-        self.fits.append(fit)
-        self.values |= values
-        self.job.state.save_if_due(_SAVED, SavedFits(fits=tuple(self.fits)), self.values)
-
-    def save(self) -> None:
-        """Save all fits, since what comes next may fail."""
-        self.job.state.save(_SAVED, SavedFits(fits=tuple(self.fits)), self.values)
+    return values, ClosedFormRecord(fits=tuple(fits))
 
 
 @dataclass(frozen=True)
-class Projection:
-    """A matrix of `inputs` whose output is added to the hidden states, times `scale`, or behind a
-    norm.
+class Matrix:
+    """A matrix of `inputs` whose output is added to the hidden states, times `scale`, or that of
+    the `norm` behind it.
     """
 
     name: str
@@ -225,82 +189,49 @@ class Gap:
     targets: Sequence[Tensor]
 
     @property
-    def dense(self) -> SkippableModel:
-        """The model that has the block."""
-        return self.job.dense
-
-    @property
     def root(self) -> nn.Module:
         """The block."""
-        return self.dense.switches[self.block].block
+        return self.job.dense.switches[self.block].block
 
     def fit(self) -> tuple[FitRecord, dict[str, Tensor]]:
         """Return the record of the fit, and the new values; none if nothing lowers the error."""
         values: dict[str, Tensor] = {}
         chosen: float | None = None
-        with self.dense.loaded(self.block):
-            before = self._error(values)
-            _require_finite(before)
+        with self.job.dense.loaded(self.block):
+            before = self._error({})
             error = before
-            projections = self._find_projections()
-            rounds = ROUNDS if any(projection.norm for projection in projections) else 1
-            for _ in range(rounds if projections else 0):
-                previous = error
-                for ridge, candidate in self._candidates(projections, values):
+            matrices = self.find_matrices()
+            if matrices:
+                xx, xy = self._sums(matrices)
+                for ridge in RIDGES:
+                    candidate = self._changed(matrices, _solve(xx, xy, ridge))
                     new_error = self._error(candidate)
                     if new_error < error:
                         error = new_error
-                        best = candidate
-                        chosen = ridge or chosen
-                if error == previous:
-                    break
-                values = best
+                        values = candidate
+                        chosen = ridge
         record = FitRecord(
             block=self.block,
             gap=self.gone,
-            weights=tuple(projection.name for projection in projections),
+            weights=tuple(matrix.name for matrix in matrices),
             ridge=chosen,
             error_left=error / max(before, 1e-30),
         )
         return record, values
 
-    def _name(self, name: str) -> str:
-        """Return the name in the model of a parameter of the block."""
+    def _changed(self, matrices: Sequence[Matrix], solution: Tensor) -> dict[str, Tensor]:
+        """Return the matrices' values with a solution added, [inputs, outputs]."""
         path = self.job.settings.surgery.architecture.adapter.blocks_path
-        return f"{path}.{self.block}.{name}"
-
-    def _value(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
-        return as_float64(values.get(self._name(name), self.root.get_parameter(name)))
-
-    def _changed(
-        self, values: Mapping[str, Tensor], name: str, change: Tensor
-    ) -> dict[str, Tensor]:
-        before = self._value(name, values)
-        value = before + change.to(before)
-        device = self.root.get_parameter(name).device
-        rounded = value.to(self.job.settings.stored).to(device).contiguous()
-        return {**values, self._name(name): rounded}
-
-    def _candidates(
-        self, projections: Sequence[Projection], values: dict[str, Tensor]
-    ) -> Iterator[tuple[float | None, dict[str, Tensor]]]:
-        """Return values to try, with their ridges."""
-        norm = projections[0].norm
-        gain = None
-        if norm is not None:
-            gain = self._gain(norm, values)
-            yield None, self._changed(values, f"{norm}.weight", self._missing_gain(norm, values))
-        xx, xy = self._sums(projections, values, gain)
-        _require_finite(float(xx.sum() + xy.sum()))
-        for ridge in RIDGES:
-            solution = _solve(xx, xy, ridge)
-            candidate = values
-            sizes = [projection.inputs for projection in projections]
-            for projection, change in zip(projections, torch.split(solution, sizes), strict=True):
-                if not isinstance(self.root.get_submodule(projection.name), Conv1D):
-                    change = change.T
-                candidate = self._changed(candidate, f"{projection.name}.weight", change)
-            yield ridge, candidate
+        values = {}
+        sizes = [matrix.inputs for matrix in matrices]
+        for matrix, change in zip(matrices, torch.split(solution, sizes), strict=True):
+            module = self.root.get_submodule(matrix.name)
+            weight = module.get_parameter("weight")
+            if not isinstance(module, Conv1D):
+                change = change.T
+            value = (as_float64(weight) + change).to(self.job.settings.stored)
+            values[f"{path}.{self.block}.{matrix.name}.weight"] = value.to(weight.device)
+        return values
 
     def _run(self, batch: int) -> tuple[Tensor, Tensor]:
         """Return what the block's output lacks, and the square root of each position's weight.
@@ -309,86 +240,57 @@ class Gap:
         relative to it. Otherwise the few positions whose states are a thousand times larger, often
         the first, would decide.
         """
-        states = self.dense.run_block(self.calls[batch], self.pruned[batch]).float()
+        states = self.job.dense.run_block(self.calls[batch], self.pruned[batch]).float()
         target = self.targets[batch].to(states.device).float()
-        sizes = target.square().mean(-1, keepdim=True).clamp_min(1e-12).sqrt()
-        return (target - states).flatten(0, -2), 1 / sizes.flatten(0, -2)
+        return (target - states).flatten(0, -2), 1 / _sizes(target)
 
     def _error(self, values: Mapping[str, Tensor]) -> float:
         """Return the weighted squares that these values leave on the validation text."""
         total = 0.0
-        with self.dense.replaced(values):
+        with self.job.dense.replaced(values):
             for batch in range(self.train, len(self.calls)):
                 missing, weights = self._run(batch)
                 total += float((missing * weights).square().sum())
+        if not values:
+            _require_finite(total)
         return total
 
-    def _sums(
-        self, projections: Sequence[Projection], values: Mapping[str, Tensor], gain: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _sums(self, matrices: Sequence[Matrix]) -> tuple[Tensor, Tensor]:
         """Return X'WX and X'WY of the matrices' inputs X and what is missing, Y, in float64."""
-        inputs = sum(projection.inputs for projection in projections)
+        inputs = sum(matrix.inputs for matrix in matrices)
         width = self.pruned[0].shape[-1]
-        zeros = as_float64(torch.zeros(1, device=self.dense.places[self.block]))
+        zeros = as_float64(torch.zeros(1, device=self.job.dense.places[self.block]))
         xx = zeros.new_zeros(inputs, inputs)
         xy = zeros.new_zeros(inputs, width)
-        names = [projection.name for projection in projections]
-        norms = [projection.norm for projection in projections if projection.norm]
-        with self.dense.replaced(values):
-            for batch in range(self.train):
-                with _watching(self.root, [*names, *norms]) as (entering, _):
-                    missing, weights = self._run(batch)
-                if gain is not None:
-                    missing = missing / gain
-                features = []
-                for projection in projections:
-                    feature = entering[projection.name].flatten(0, -2).float()
-                    if projection.norm:
-                        feature = feature / _size(entering[projection.norm])
-                    features.append(feature * projection.scale)
-                x = torch.cat(features, dim=1) * weights
-                xx += as_float64(x.T @ x)
-                xy += as_float64(x.T @ (missing * weights))
+        names = [name for matrix in matrices for name in (matrix.name, matrix.norm) if name]
+        for batch in range(self.train):
+            with _watching(self.root, names) as (entering, _):
+                missing, weights = self._run(batch)
+            features = []
+            for matrix in matrices:
+                x = entering[matrix.name].flatten(0, -2).float() * matrix.scale
+                if matrix.norm:
+                    # What the norm divides by hardly changes with the matrix.
+                    x = x / _sizes(entering[matrix.norm])
+                    missing = missing / _gain(self.root.get_submodule(matrix.norm), missing)
+                features.append(x * weights)
+            x = torch.cat(features, dim=1)
+            xx += as_float64(x.T @ x)
+            xy += as_float64(x.T @ (missing * weights))
+        _require_finite(float(xx.sum() + xy.sum()))
         return xx, xy
 
-    def _gain(self, norm: str, values: Mapping[str, Tensor]) -> Tensor:
-        """Return what a norm multiplies each channel by; infinity where that is next to nothing."""
-        with self.dense.replaced(values), _watching(self.root, [norm]) as (entering, leaving):
-            self._run(0)
-        states = entering[norm].float().flatten(0, -2)
-        normalized = states / _size(entering[norm])
-        outputs = leaving[norm].float().flatten(0, -2)
-        gain: Tensor = (outputs * normalized).sum(0) / normalized.square().sum(0).clamp_min(1e-12)
-        silent = gain.abs() < SILENT * gain.abs().mean()
-        return gain.masked_fill(silent, torch.inf)
-
-    def _missing_gain(self, norm: str, values: Mapping[str, Tensor]) -> Tensor:
-        """Return how a norm's gains would have to change."""
-        products: Tensor | float = 0.0
-        squares: Tensor | float = 0.0
-        with self.dense.replaced(values):
-            for batch in range(self.train):
-                with _watching(self.root, [norm]) as (entering, _):
-                    missing, weights = self._run(batch)
-                normalized = entering[norm].float().flatten(0, -2) / _size(entering[norm])
-                normalized = normalized * weights
-                products = products + (normalized * missing * weights).sum(0)
-                squares = squares + normalized.square().sum(0)
-        assert isinstance(squares, Tensor)
-        return products / squares.clamp_min(1e-12)
-
-    def _find_projections(self) -> list[Projection]:
+    def find_matrices(self) -> list[Matrix]:
         """Find the matrices to fit.
 
         Which modules add to the hidden states is not looked up by name but tried: if one does, its
         output has the gradient of the block's, times a constant.
         """
-        width = self.pruned[0].shape[-1]
-        matrices = possible_matrices(self.root, width)
-        norms = possible_norms(self.root, width)
-        with torch.enable_grad(), _watching(self.root, [*matrices, *norms]) as (entering, leaving):
-            states = self.pruned[0].to(self.dense.places[self.block]).detach().requires_grad_()
-            result = self.dense.run_block(self.calls[0], states)
+        dense = self.job.dense
+        inputs = _possible(self.root, self.pruned[0].shape[-1])
+        with torch.enable_grad(), _watching(self.root, [*inputs]) as (entering, leaving):
+            states = self.pruned[0].to(dense.places[self.block]).detach().requires_grad_()
+            result = dense.run_block(self.calls[0], states)
             generator = torch.Generator().manual_seed(0)
             noise = torch.randn(result.shape, generator=generator).to(result)
             outputs = {
@@ -401,20 +303,26 @@ class Gap:
         near = []
         for name, gradient in zip(outputs, gradients, strict=True):
             scale, error = _as_multiple(gradient, noise)
-            projection = Projection(name, matrices.get(name, 0), scale)
+            matrix = Matrix(name, inputs[name], scale)
             if error <= EXACT:
-                exact.append(projection)
-            elif error <= NEAR and name in matrices:
-                near.append(projection)
-        direct = [projection for projection in exact if projection.name in matrices]
-        if direct:
+                exact.append(matrix)
+            elif error <= NEAR and matrix.inputs:
+                near.append(matrix)
+        if direct := [matrix for matrix in exact if matrix.inputs]:
             return direct
         for norm in exact:
-            for name in matrices:
-                entered = entering[norm.name].flatten()
-                if name in outputs and torch.equal(outputs[name].flatten(), entered):
-                    return [Projection(name, matrices[name], norm.scale, norm.name)]
+            for name, output in outputs.items():
+                if inputs[name] and torch.equal(output.flatten(), entering[norm.name].flatten()):
+                    return [Matrix(name, inputs[name], norm.scale, norm.name)]
         return near[-1:]
+
+
+def _in_place(dense: SkippableModel, name: str, value: Tensor) -> Tensor:
+    """Return a value where the weight lies: elsewhere, kernels may round otherwise."""
+    device = dense.model.get_parameter(name).device
+    if device.type == "meta":
+        device = dense.device
+    return value.to(device, copy=True)
 
 
 def _require_finite(number: float) -> None:
@@ -450,9 +358,17 @@ def _solve(xx: Tensor, xy: Tensor, ridge: float) -> Tensor:
     return torch.cholesky_solve(xy.float(), factor)
 
 
-def _size(states: Tensor) -> Tensor:
+def _sizes(states: Tensor) -> Tensor:
     """Return what a norm divides each position by, [positions, 1]."""
     return states.float().flatten(0, -2).square().mean(-1, keepdim=True).clamp_min(1e-12).sqrt()
+
+
+def _gain(norm: nn.Module, like: Tensor) -> Tensor:
+    """Return what a norm multiplies each channel by; infinity where that is next to nothing."""
+    signs = 1 - 2 * (torch.arange(like.shape[-1], device=like.device) % 2)  # mean 0 and size 1
+    weight = norm.get_parameter("weight")
+    gain: Tensor = norm(signs.to(weight)).float() * signs
+    return gain.masked_fill(gain.abs() < SILENT * gain.abs().mean(), torch.inf)
 
 
 @contextmanager
@@ -477,31 +393,29 @@ def _watching(
         yield entering, leaving
 
 
-def possible_matrices(root: nn.Module, width: int) -> dict[str, int]:
-    """Return the linear maps that might write hidden states of this width, with their inputs."""
-    matrices = {}
-    for name, module in root.named_modules():
-        if not isinstance(module, (nn.Linear, Conv1D)) or not module.weight.is_floating_point():
-            continue
-        outputs, inputs = module.weight.shape
-        if isinstance(module, Conv1D):
-            outputs, inputs = inputs, outputs
-        if outputs == width:
-            matrices[name] = inputs
-    return matrices
-
-
-def possible_norms(root: nn.Module, width: int) -> list[str]:
-    """Return the norms of this width."""
-    norms = []
+def _possible(root: nn.Module, width: int) -> dict[str, int]:
+    """Return the modules that might write hidden states of this width: matrices, with their
+    inputs, and norms, with 0.
+    """
+    found = {}
     for name, module in root.named_modules():
         weight = getattr(module, "weight", None)
-        is_norm = "norm" in type(module).__name__.lower()
-        if is_norm and isinstance(weight, nn.Parameter) and weight.shape == (width,):
-            norms.append(name)
-    return norms
+        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+            continue
+        shape = list(weight.shape)
+        if isinstance(module, Conv1D):
+            shape.reverse()
+        if isinstance(module, (nn.Linear, Conv1D)) and shape[0] == width:
+            found[name] = shape[1]
+        elif "norm" in type(module).__name__.lower() and shape == [width]:
+            found[name] = 0
+    return found
 
 
-def _most_inputs(block: nn.Module, width: int) -> int:
-    # Attention and the MLP may be parallel, so that both are fitted at once.
-    return sum(sorted(possible_matrices(block, width).values())[-2:])
+def _most_inputs(surgery: Surgery) -> int:
+    """Return the inputs of the largest fit: attention and the MLP may be parallel."""
+    width: int = surgery.architecture.text_config.hidden_size
+    inputs = []
+    for block in kept_blocks(surgery):
+        inputs.append(sum(sorted(_possible(block, width).values())[-2:]))
+    return max(inputs)
