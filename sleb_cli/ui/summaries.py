@@ -119,9 +119,7 @@ def _show_checkpoint(result: ApplyResult) -> None:
     folder = in_shell(result.folder)
     serve = f"pip install 'transformers[serving]' && transformers serve {folder}"
     run = f"{serve}, or vllm serve {folder}"
-    better = (
-        "--recover would win back a fifth to three fifths of what was lost, in minutes to an hour"
-    )
+    better = "--recover would win back about half of what was lost, in minutes"
     if output := result.model.output:
         run = python_lines(output, result.folder)[1]
         better = "--heal would bring it closer to the dense model, in ten minutes"
