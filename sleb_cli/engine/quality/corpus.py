@@ -381,6 +381,6 @@ def _centered_ranks(values: Tensor) -> Tensor:
     from scipy.stats import rankdata  # slow to import
 
     is_value = values > -torch.inf
-    ranks = torch.from_numpy(rankdata(values.numpy(), axis=1)) * is_value
+    ranks = torch.from_numpy(rankdata(values.double().numpy(), axis=1)) * is_value
     means = ranks.sum(1, keepdim=True) / is_value.sum(1, keepdim=True)
     return functional.normalize((ranks - means) * is_value)
