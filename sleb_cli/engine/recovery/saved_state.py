@@ -27,7 +27,7 @@ from sleb_plugins import PlanError
 
 R = TypeVar("R", bound=BaseModel)
 
-FORMAT = 8
+FORMAT = 9
 """Raise it when the same state would mean something else."""
 DIGITS = 16
 """How many digits of a hash are in a file name."""
