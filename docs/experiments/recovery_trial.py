@@ -103,7 +103,7 @@ def resolve(asked: argparse.Namespace) -> RecoverySettings:
     blocks = tuple(map(int, asked.blocks.split(",")))
     named = NamedSubject(request, asked.model, blocks)
     subject = resolve_subject(named, source, load_plugins(), print)
-    output = Output(Path("/tmp/no-such-folder/trial"), False)
+    output = Output(Path("trial"), False)
     return resolve_recovery(subject, request, output, ignore)
 
 

@@ -98,7 +98,7 @@ def test_matrices_that_write_to_the_hidden_states_are_found(model_type, names, n
         states = [calls[0].entering]
         job = job_of(skippable, {block + 1}, text, 1)
         found = Gap(job, block, 1, calls, 1, states, states).find_matrices()
-    assert [projection.name for projection in found] == names
+    assert [matrix.name for matrix in found] == names
     assert found[0].norm == norm
     if model_type != "mixtral":
         assert found[0].scale == pytest.approx(1, rel=0.01)

@@ -79,9 +79,9 @@ class Ridge(Stage):
         """Fit the block before each gap; return its new values by parameter."""
         assert not values
         dense = job.dense
-        if found := job.state.find(self.key, ClosedFormRecord):
+        if saved := job.state.find(self.key, ClosedFormRecord):
             job.notify(Notice("Continuing after the fits of an interrupted run."))
-            record, tensors = found
+            record, tensors = saved
             return {name: _in_place(dense, name, tensors[name]) for name in tensors}, record
         with torch.no_grad():
             sequences = job.validation.sequences[:CHECKED_SEQUENCES].to(dense.device)
@@ -199,6 +199,7 @@ class Gap:
         chosen: float | None = None
         with self.job.dense.loaded(self.block):
             before = self._error({})
+            _require_finite(before)
             error = before
             matrices = self.find_matrices()
             if matrices:
@@ -251,8 +252,6 @@ class Gap:
             for batch in range(self.train, len(self.calls)):
                 missing, weights = self._run(batch)
                 total += float((missing * weights).square().sum())
-        if not values:
-            _require_finite(total)
         return total
 
     def _sums(self, matrices: Sequence[Matrix]) -> tuple[Tensor, Tensor]:
@@ -397,7 +396,7 @@ def _possible(root: nn.Module, width: int) -> dict[str, int]:
     """Return the modules that might write hidden states of this width: matrices, with their
     inputs, and norms, with 0.
     """
-    found = {}
+    inputs = {}
     for name, module in root.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
@@ -406,10 +405,10 @@ def _possible(root: nn.Module, width: int) -> dict[str, int]:
         if isinstance(module, Conv1D):
             shape.reverse()
         if isinstance(module, (nn.Linear, Conv1D)) and shape[0] == width:
-            found[name] = shape[1]
+            inputs[name] = shape[1]
         elif "norm" in type(module).__name__.lower() and shape == [width]:
-            found[name] = 0
-    return found
+            inputs[name] = 0
+    return inputs
 
 
 def _most_inputs(surgery: Surgery) -> int:
