@@ -20,21 +20,20 @@ from pathlib import Path
 import scale
 import search
 import torch
-from common import calibrated, parser
+from common import parser
 
 from sleb_cli.atomic import write_text
-from sleb_cli.engine.device import CPU, cpu_dtypes, dtype_name
+from sleb_cli.engine.device import CPU, cpu_dtypes
 from sleb_cli.engine.environment import chip_name
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
-BLOCKS = "13,14,15,16"
 SECOND = {"products": "time of its products alone", "evaluations": "share of the evaluations"}
 
 Row = tuple[str, str]
 
 
 def main() -> None:
-    parts = [first_command, exact, raced, streamed, copied, recovered]
+    parts = [first_command, exact, raced, streamed, copied]
     options = parser(__doc__, "model", "text").parse_args()
     for part in parts:
         rows = dict(part(options))
@@ -132,49 +131,6 @@ def copied(options: argparse.Namespace) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="sleb-all-") as place:
         ratio = scale.copy(2, Path(place))
     return [("`apply --no-verify`, 2 GiB: time of `cp -r`", f"{ratio:.2f}x")]
-
-
-def recovered(options: argparse.Namespace) -> list[Row]:
-    """Time the closed form against the products of the dense and the pruned model's walks over its
-    text.
-    """
-    samples, length = 32, 256
-    with tempfile.TemporaryDirectory() as place:
-        words = [
-            "--blocks",
-            BLOCKS,
-            "--recover",
-            "--no-heal",
-            "--calibration",
-            options.text,
-            "--samples",
-            samples,
-        ]
-        command = [
-            *scale.SLEB,
-            "apply",
-            options.model,
-            *words,
-            "--sequence-length",
-            length,
-            "-o",
-            Path(place) / "out",
-        ]
-        found = scale.run([*command, "--no-verify"])
-    start = found.at("Recovering in closed form")
-    end = next(at for line, at in found.marks if at > start and line.endswith("…"))
-    model, blocks, _ = calibrated(options.model, options.text, 1, length)
-    side = search.Side()
-    side.block_passes = samples * (2 * len(blocks) - len(BLOCKS.split(",")))
-    bound, _ = search.bare_seconds(model, blocks, side, torch.Size([4096 // length, length]))
-    name = f"`--recover`, {samples} x {length} tokens"
-    return [
-        (
-            f"{name}: tokens per second, {dtype_name(model.dtype)}",
-            f"{samples * length / (end - start):.0f}",
-        ),
-        (f"{name}: time of the products of two walks", f"{(end - start) / bound:.1f}x"),
-    ]
 
 
 if __name__ == "__main__":
